@@ -1,0 +1,604 @@
+"""The network: BERT (arXiv 1810.04805) and DistilBERT (arXiv 1910.01108) from one set of modules, the one `Linear` that
+pruning and quantization act on, and the reading and writing of model directories in the HuggingFace layout.
+
+Shapes, everywhere in this project:
+    B = batch size          T = tokens per row, padding included        H = hidden_size     V = vocab_size
+    A = attention heads     D = H / A, size of one head                 N = number of positions a loss asks for
+    C = number of classes   F = intermediate_size
+"""
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class InputError(ValueError):
+    """A person's mistake (flag, file, folder); its message is the one sentence they read before exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_type: str = "bert"              # bert, or distilbert: no token types, no pooler, no next-sentence head
+    vocab_size: int = 30522               # word pieces
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512    # longest row, in tokens
+    type_vocab_size: int = 2              # 0 in DistilBERT
+    hidden_dropout_prob: float = 0.1
+    attention_dropout_prob: float = 0.1
+    classifier_dropout: float = 0.1       # before a task head (0.2 in DistilBERT's classifier)
+    initializer_range: float = 0.02       # standard deviation of fresh weights
+    layer_norm_eps: float = 1e-12
+
+
+PRESETS = {
+    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+                        intermediate_size=512, max_position_embeddings=128),
+    "minilm-l6": ModelConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    "distilbert-base": ModelConfig(model_type="distilbert", num_hidden_layers=6, type_vocab_size=0,
+                                   classifier_dropout=0.2),
+    "bert-base": ModelConfig(),
+    "bert-large": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+class Linear(nn.Linear):
+    """y = x (W * mask)^T + b, with the slots that the other rooms write to.
+
+    mask        bool (out, in), True where a weight lives; written only by prune.py. The latent weight under a False
+                entry is kept, so that a pruned weight can return at a later mask update (arXiv 1710.01878).
+    act_range   float (2,), running minimum and maximum of the input; written only by quant.py.
+    fake_quant  None, or a function (x, weight, layer) -> (x, weight) that rounds both; set only by quant.py.
+    prunable    False for heads: the layer says what may be pruned, never a pattern over names.
+    kernel      None, or a function x -> y that replaces the product at inference; set only by infer_cpu.py.
+
+    Input (..., in), output (..., out), both of the weight's dtype (or autocast's).
+    """
+
+    def __init__(self, in_features, out_features, prunable=True):
+        super().__init__(in_features, out_features)
+        self.register_buffer("mask", torch.ones(out_features, in_features, dtype=torch.bool), persistent=False)
+        self.register_buffer("act_range", torch.zeros(2), persistent=False)
+        self.prunable = prunable
+        self.fake_quant = None
+        self.kernel = None
+
+    def forward(self, x):
+        if self.kernel is not None:
+            return self.kernel(x)
+        weight = self.weight * self.mask
+        if self.fake_quant is not None:
+            x, weight = self.fake_quant(x, weight, self)
+        return F.linear(x, weight, self.bias)
+
+
+class Layer(nn.Module):
+    """One post-norm transformer layer. Input and output (B, T, H); `mask` is bool (B, 1, 1, T), True on real tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.query, self.key, self.value = Linear(hidden, hidden), Linear(hidden, hidden), Linear(hidden, hidden)
+        self.attention_output = Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.intermediate = Linear(hidden, config.intermediate_size)
+        self.output = Linear(config.intermediate_size, hidden)
+        self.output_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.attention_dropout = config.attention_dropout_prob
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        # DistilBERT has no dropout between attention and its residual sum.
+        self.attention_output_dropout = nn.Dropout(config.hidden_dropout_prob if config.model_type == "bert" else 0.0)
+
+    def forward(self, x, mask):
+        B, T, H = x.shape
+        query, key, value = (linear(x).view(B, T, self.heads, H // self.heads).transpose(1, 2)      # (B, A, T, D)
+                             for linear in (self.query, self.key, self.value))
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
+                                                 dropout_p=self.attention_dropout if self.training else 0.0)
+        context = context.transpose(1, 2).reshape(B, T, H)
+        x = self.attention_norm(x + self.attention_output_dropout(self.attention_output(context)))
+        return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
+
+
+class Encoder(nn.Module):
+    """Embeddings, layers and, where the model has one, the pooler."""
+
+    def __init__(self, config, pooler=True):
+        super().__init__()
+        self.config = config
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if pooler and config.model_type == "bert" else None
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        """input_ids, attention_mask, token_type_ids: int64 (B, T). Returns hidden states (B, T, H)."""
+        length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise InputError(f"a row of {length} tokens is longer than the model's {self.config.max_position_embeddings} "
+                             f"positions; give --max-len {self.config.max_position_embeddings} or less")
+        x = self.word(input_ids) + self.position.weight[:length]
+        if self.token_type is not None:
+            x = x + self.token_type(token_type_ids)
+        x = self.dropout(self.norm(x))
+        mask = attention_mask.bool()[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+    def pooled(self, hidden):
+        """The first token through the pooler's tanh layer: (B, T, H) -> (B, H)."""
+        return torch.tanh(self.pooler(hidden[:, 0]))
+
+
+class PretrainingModel(nn.Module):
+    """Masked language model with a decoder tied to the word embeddings and, in BERT, next-sentence prediction.
+
+    `forward` returns (features, next_sentence): `features` (N, H) only at the positions asked for, where the vocabulary
+    logits are features @ word^T + bias (see `vocabulary`); next_sentence (B, 2), or None in DistilBERT. The (N, V)
+    product is left to the loss, which takes it in chunks (distill.py).
+    """
+    kind = "pretraining"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.transform = Linear(config.hidden_size, config.hidden_size, prunable=False)
+        self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.next_sentence = Linear(config.hidden_size, 2, prunable=False) if config.model_type == "bert" else None
+
+    def forward(self, input_ids, attention_mask, token_type_ids, positions):
+        """positions: bool (B, T), the N places where predictions are wanted."""
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids)
+        features = self.transform_norm(F.gelu(self.transform(hidden[positions])))
+        if self.next_sentence is None:
+            return features, None
+        return features, self.next_sentence(self.encoder.pooled(hidden))
+
+    def vocabulary(self):
+        """(weight (V, H), bias (V,)) of the tied decoder."""
+        return self.encoder.word.weight, self.bias
+
+
+class ClassificationModel(nn.Module):
+    """Sentence or sentence-pair classification: logits (B, C)."""
+    kind = "classification"
+
+    def __init__(self, config, num_labels=2):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        distil = config.model_type == "distilbert"
+        self.pre_classifier = Linear(config.hidden_size, config.hidden_size, prunable=False) if distil else None
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = Linear(config.hidden_size, num_labels, prunable=False)
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids)
+        if self.pre_classifier is None:
+            summary = self.encoder.pooled(hidden)
+        else:
+            summary = F.relu(self.pre_classifier(hidden[:, 0]))
+        return self.classifier(self.dropout(summary))
+
+
+class SpanModel(nn.Module):
+    """Extractive question answering: (start logits, end logits), each (B, T). It has no pooler."""
+    kind = "span"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, pooler=False)
+        self.dropout = nn.Dropout(0.1 if config.model_type == "distilbert" else 0.0)     # as the published models have it
+        self.span = Linear(config.hidden_size, 2, prunable=False)
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        logits = self.span(self.dropout(self.encoder(input_ids, attention_mask, token_type_ids)))
+        return logits[..., 0], logits[..., 1]
+
+
+def build(config, kind, num_labels=2):
+    """A model with fresh weights: kind is 'pretraining', 'classification' or 'span'."""
+    if kind == "classification":
+        model = ClassificationModel(config, num_labels)
+    else:
+        model = PretrainingModel(config) if kind == "pretraining" else SpanModel(config)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
+            nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def linears(model):
+    """[(name, Linear)] in forward order: the layers that pruning and quantization look at."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: ours -> HuggingFace's. `{}` is the layer number.
+
+NAMES = {
+    "bert": {
+        "encoder.word": "bert.embeddings.word_embeddings",
+        "encoder.position": "bert.embeddings.position_embeddings",
+        "encoder.token_type": "bert.embeddings.token_type_embeddings",
+        "encoder.norm": "bert.embeddings.LayerNorm",
+        "encoder.layers.{}.query": "bert.encoder.layer.{}.attention.self.query",
+        "encoder.layers.{}.key": "bert.encoder.layer.{}.attention.self.key",
+        "encoder.layers.{}.value": "bert.encoder.layer.{}.attention.self.value",
+        "encoder.layers.{}.attention_output": "bert.encoder.layer.{}.attention.output.dense",
+        "encoder.layers.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
+        "encoder.layers.{}.intermediate": "bert.encoder.layer.{}.intermediate.dense",
+        "encoder.layers.{}.output": "bert.encoder.layer.{}.output.dense",
+        "encoder.layers.{}.output_norm": "bert.encoder.layer.{}.output.LayerNorm",
+        "encoder.pooler": "bert.pooler.dense",
+        "transform": "cls.predictions.transform.dense",
+        "transform_norm": "cls.predictions.transform.LayerNorm",
+        "bias": "cls.predictions.bias",
+        "next_sentence": "cls.seq_relationship",
+        "classifier": "classifier",
+        "span": "qa_outputs",
+    },
+    "distilbert": {
+        "encoder.word": "distilbert.embeddings.word_embeddings",
+        "encoder.position": "distilbert.embeddings.position_embeddings",
+        "encoder.norm": "distilbert.embeddings.LayerNorm",
+        "encoder.layers.{}.query": "distilbert.transformer.layer.{}.attention.q_lin",
+        "encoder.layers.{}.key": "distilbert.transformer.layer.{}.attention.k_lin",
+        "encoder.layers.{}.value": "distilbert.transformer.layer.{}.attention.v_lin",
+        "encoder.layers.{}.attention_output": "distilbert.transformer.layer.{}.attention.out_lin",
+        "encoder.layers.{}.attention_norm": "distilbert.transformer.layer.{}.sa_layer_norm",
+        "encoder.layers.{}.intermediate": "distilbert.transformer.layer.{}.ffn.lin1",
+        "encoder.layers.{}.output": "distilbert.transformer.layer.{}.ffn.lin2",
+        "encoder.layers.{}.output_norm": "distilbert.transformer.layer.{}.output_layer_norm",
+        "transform": "vocab_transform",
+        "transform_norm": "vocab_layer_norm",
+        "bias": "vocab_projector.bias",
+        "pre_classifier": "pre_classifier",
+        "classifier": "classifier",
+        "span": "qa_outputs",
+    },
+}
+ARCHITECTURES = {
+    ("bert", "pretraining"): "BertForPreTraining", ("distilbert", "pretraining"): "DistilBertForMaskedLM",
+    ("bert", "classification"): "BertForSequenceClassification",
+    ("distilbert", "classification"): "DistilBertForSequenceClassification",
+    ("bert", "span"): "BertForQuestionAnswering", ("distilbert", "span"): "DistilBertForQuestionAnswering",
+}
+TIED_DECODER = {"bert": ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+                "distilbert": ("vocab_projector.weight", None)}
+
+
+def published_name(model_type, ours):
+    """'encoder.layers.3.query.weight' -> 'bert.encoder.layer.3.attention.self.query.weight'."""
+    number = re.search(r"\.(\d+)\.", ours)
+    generic = re.sub(r"\.\d+\.", ".{}.", ours)
+    stem, _, leaf = generic.rpartition(".")
+    theirs = NAMES[model_type][stem] + "." + leaf if stem else NAMES[model_type][leaf]
+    return theirs.format(number.group(1)) if number else theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# safetensors: u64 length of the header, a JSON header, raw little-endian bytes
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def write_file(path, content):
+    """Write bytes or text so that a reader finds the old file or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """tensors: dict name -> tensor of any dtype in DTYPES; metadata: dict of strings."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header, chunks, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, [], 0
+    # Widest elements first, so that every tensor starts at a multiple of its element's size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+        chunks.append(data)
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    write_file(path, b"".join([len(head).to_bytes(8, "little"), head, *chunks]))
+
+
+def read_safetensors(path):
+    """Returns (tensors, metadata). Every length, offset and shape is checked before it is used.
+
+    Raises InputError naming the file when it is missing, truncated or inconsistent.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    damaged = f"{path} is not a whole safetensors file: "
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(damaged + f"it has {size} bytes, and its header alone claims {length}")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: (DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]], *map(int, entry["data_offsets"]))
+                       for name, entry in header.items() if name != "__metadata__"}
+            metadata = dict(header.get("__metadata__") or {})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(damaged + f"its header cannot be read ({type(error).__name__}: {error})") from None
+        data = bytearray(file.read())
+    expected = 0
+    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
+        if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize or begin != expected:
+            raise InputError(damaged + f"tensor '{name}' of shape {shape} claims bytes {begin} to {end}")
+        expected = end
+    if expected != len(data):
+        raise InputError(damaged + f"{expected} bytes of tensors are announced, {len(data)} are there")
+    tensors = {}
+    for name, (dtype, shape, begin, end) in entries.items():
+        if begin == end or begin % dtype.itemsize == 0:
+            raw = torch.frombuffer(data, dtype=torch.uint8)[begin:end] if end > begin else torch.empty(0, dtype=torch.uint8)
+        else:
+            raw = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.uint8)
+        if dtype == torch.bool and bool((raw > 1).any()):
+            raise InputError(damaged + f"tensor '{name}' holds bytes that are neither 0 nor 1")
+        tensors[name] = raw.view(dtype).view(shape)
+    return tensors, metadata
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model directories
+
+def read_json(path):
+    """The object in a JSON file; InputError names a file that is missing or is not a JSON object."""
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")
+    return value
+
+
+def read_config(directory):
+    """config.json -> (ModelConfig, the whole JSON object)."""
+    path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory} is not a folder; expected a model directory with config.json and model.safetensors")
+    raw = read_json(path)
+    if raw.get("model_type") not in NAMES:
+        raise InputError(f"{path} says model_type {raw.get('model_type')!r}; expected one of {', '.join(NAMES)}")
+    if raw["model_type"] == "bert":
+        keys = {name: name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                                        "type_vocab_size", "hidden_dropout_prob", "layer_norm_eps")}
+        keys.update(attention_dropout_prob="attention_probs_dropout_prob", classifier_dropout="classifier_dropout")
+        activation = raw.get("hidden_act", "gelu")
+    else:
+        keys = dict(hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads",
+                    intermediate_size="hidden_dim", hidden_dropout_prob="dropout",
+                    attention_dropout_prob="attention_dropout", classifier_dropout="seq_classif_dropout")
+        activation = raw.get("activation", "gelu")
+    keys.update({name: name for name in ("vocab_size", "max_position_embeddings", "initializer_range")})
+    defaults = replace(PRESETS["bert-base" if raw["model_type"] == "bert" else "distilbert-base"])
+    values = {ours: raw[theirs] for ours, theirs in keys.items() if raw.get(theirs) is not None}
+    for name, value in values.items():
+        default = getattr(defaults, name)
+        if type(value) not in ((int,) if isinstance(default, int) else (int, float)) or not 0 <= value < 2 ** 31:
+            raise InputError(f"{path} says {keys[name]} = {value!r}; expected a number like {default!r}")
+    config = replace(defaults, **values)
+    if raw["model_type"] == "bert" and raw.get("classifier_dropout") is None:
+        config = replace(config, classifier_dropout=config.hidden_dropout_prob)
+    if activation != "gelu" or raw.get("position_embedding_type", "absolute") != "absolute":
+        raise InputError(f"{path} asks for activation {activation!r} and {raw.get('position_embedding_type', 'absolute')} "
+                         f"positions; this network has 'gelu' and 'absolute'")
+    if not config.num_attention_heads or config.hidden_size % config.num_attention_heads or not config.vocab_size:
+        raise InputError(f"{path}: hidden_size {config.hidden_size} must be a multiple of {config.num_attention_heads} heads, "
+                         f"and vocab_size {config.vocab_size} positive")
+    return config, raw
+
+
+def config_json(config, kind, labels=None, compression=None):
+    """The object written to config.json: HuggingFace's field names, and one `compression` object of ours."""
+    values = dict(model_type=config.model_type, architectures=[ARCHITECTURES[config.model_type, kind]],
+                  vocab_size=config.vocab_size, max_position_embeddings=config.max_position_embeddings,
+                  initializer_range=config.initializer_range, pad_token_id=0, tie_word_embeddings=True)
+    if config.model_type == "bert":
+        values.update(hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
+                      num_attention_heads=config.num_attention_heads, intermediate_size=config.intermediate_size,
+                      type_vocab_size=config.type_vocab_size, hidden_dropout_prob=config.hidden_dropout_prob,
+                      attention_probs_dropout_prob=config.attention_dropout_prob, hidden_act="gelu",
+                      layer_norm_eps=config.layer_norm_eps, classifier_dropout=config.classifier_dropout,
+                      position_embedding_type="absolute")
+    else:
+        values.update(dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
+                      hidden_dim=config.intermediate_size, dropout=config.hidden_dropout_prob, activation="gelu",
+                      attention_dropout=config.attention_dropout_prob, seq_classif_dropout=config.classifier_dropout,
+                      qa_dropout=0.1, sinusoidal_pos_embds=False)
+    if labels is not None:
+        values.update(id2label={str(i): label for i, label in enumerate(labels)},
+                      label2id={label: i for i, label in enumerate(labels)})
+    if compression:
+        values["compression"] = compression
+    return values
+
+
+def save(model, directory, labels=None, compression=None):
+    """Write config.json, model.safetensors (zeros burned in) and compression.safetensors (masks, activation ranges).
+
+    The masks are stored as bits, eight to a byte, row after row: the name of the weight with `mask_bits` in place of `weight`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    masked = {name + ".weight": layer for name, layer in linears(model)}
+    weights, extra = {}, {}
+    for name, tensor in model.state_dict().items():
+        theirs = published_name(model.config.model_type, name)
+        weights[theirs] = tensor * masked[name].mask if name in masked else tensor
+        if name in masked:
+            stem = theirs.removesuffix("weight")
+            extra[stem + "mask_bits"] = pack_bits(masked[name].mask)
+            extra[stem + "act_range"] = masked[name].act_range
+    write_safetensors(directory / "model.safetensors", weights)
+    write_safetensors(directory / "compression.safetensors", extra)
+    write_file(directory / "config.json", json.dumps(config_json(model.config, model.kind, labels, compression), indent=1))
+
+
+def pack_bits(mask):
+    """bool tensor -> uint8 (ceil(numel / 8),), the first element in the lowest bit."""
+    bits = F.pad(mask.flatten().to(torch.uint8).cpu(), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed, shape):
+    """The inverse of pack_bits."""
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[:math.prod(shape)].bool().view(shape)
+
+
+def read_weights(directory):
+    """All tensors of model.safetensors or pytorch_model.bin by their published names, backbone prefix and old spellings
+    normalized, buffers and copies of the tied decoder removed. Returns (dict, path of the file)."""
+    directory = Path(directory)
+    _, raw = read_config(directory)
+    path = directory / "model.safetensors"
+    if path.is_file():
+        tensors, _ = read_safetensors(path)
+    else:
+        path = directory / "pytorch_model.bin"
+        if not path.is_file():
+            raise InputError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            assert isinstance(tensors, dict) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+        except Exception as error:          # torch raises many kinds here, all of them: this file is no plain checkpoint
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path} cannot be read as a dictionary of tensors: {reason}") from None
+    prefix = raw["model_type"] + "."
+    bare = not any(name.startswith(prefix) for name in tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if bare and name.split(".")[0] in ("embeddings", "encoder", "transformer", "pooler"):
+            name = prefix + name
+        if not name.endswith("position_ids"):
+            found[name] = tensor
+    word = found.get(published_name(raw["model_type"], "encoder.word.weight"))
+    bias = published_name(raw["model_type"], "bias")
+    weight_copy, bias_copy = TIED_DECODER[raw["model_type"]]
+    copy = found.pop(weight_copy, None)
+    if copy is not None and word is not None and not torch.equal(copy, word):
+        raise InputError(f"{path}: '{weight_copy}' differs from the word embeddings; this network ties the two")
+    if bias_copy in found:
+        found.setdefault(bias, found.pop(bias_copy))
+        found.pop(bias_copy, None)
+    return found, path
+
+
+def load(directory, kind, num_labels=None, fresh_head=False, say=print):
+    """Read a model directory into a model of the given kind, on the CPU, in float32.
+
+    Strict: every tensor of the encoder must be there with its shape, and nothing unknown may be; only heads (and the
+    pooler, which masked-language-model files leave out) may be missing, if fresh_head, and then `say` is told.
+    num_labels: classes of a classification head; None takes the directory's.
+    Raises InputError naming the file and the tensors.
+    """
+    config, raw = read_config(directory)
+    found, path = read_weights(directory)
+    if kind == "classification" and num_labels is None:
+        head = found.get("classifier.weight")
+        if head is None:
+            raise InputError(f"{path} has no classifier; give a directory that was fine-tuned on a classification task")
+        num_labels = head.shape[0]
+    model = build(config, kind, num_labels or 2)
+    wanted = {published_name(config.model_type, name): tensor for name, tensor in model.state_dict().items()}
+    if fresh_head:                              # a head for another task (another shape) counts as missing
+        found = {name: tensor for name, tensor in found.items()
+                 if not (name in wanted and name.startswith("classifier.") and tensor.shape != wanted[name].shape)}
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    heads = tuple(NAMES[config.model_type].get(ours, "-") for ours in
+                  ("encoder.pooler", "transform", "transform_norm", "bias", "next_sentence", "pre_classifier",
+                   "classifier", "span"))
+    fatal = [name for name in missing if not (fresh_head and name.startswith(heads))]
+    if fatal:
+        raise InputError(f"{path} lacks {len(fatal)} of the model's {len(wanted)} tensors: {names_in_short(fatal)}")
+    strange = [name for name in unexpected if not name.startswith(heads)]
+    if strange:
+        raise InputError(f"{path} holds {len(strange)} tensors that this model has no place for: {names_in_short(strange)}")
+    for name in set(wanted) - set(missing):
+        if found[name].shape != wanted[name].shape:
+            raise InputError(f"{path}: '{name}' has shape {list(found[name].shape)}; the configuration asks for "
+                             f"{list(wanted[name].shape)}")
+        wanted[name].copy_(found[name])         # state_dict shares its memory with the model
+    if missing:
+        say(f"{path}: starts with fresh weights for {names_in_short(missing)}")
+    if unexpected:
+        say(f"{path}: leaves out {names_in_short(unexpected)}")
+    load_compression(model, directory)
+    return model
+
+
+def load_compression(model, directory):
+    """Masks and activation ranges from compression.safetensors, where a directory has that file."""
+    path = Path(directory) / "compression.safetensors"
+    if not path.is_file():
+        return
+    tensors, _ = read_safetensors(path)
+    for name, layer in linears(model):
+        stem = published_name(model.config.model_type, name + ".")
+        bits, act_range = tensors.get(stem + "mask_bits"), tensors.get(stem + "act_range")
+        if bits is None or act_range is None:
+            if layer.prunable and stem.removesuffix(".") != NAMES["bert"]["encoder.pooler"]:
+                raise InputError(f"{path} lacks '{stem}mask_bits' or '{stem}act_range'")
+            continue                            # a fresh head
+        if bits.dtype != torch.uint8 or bits.shape != ((layer.mask.numel() + 7) // 8,) or act_range.shape != (2,):
+            raise InputError(f"{path}: '{stem}mask_bits' or '{stem}act_range' does not fit the layer's shape "
+                             f"{list(layer.weight.shape)}")
+        mask = unpack_bits(bits, layer.mask.shape)
+        if layer.prunable or bits.shape == ((layer.mask.numel() + 7) // 8,):
+            layer.mask.copy_(mask)
+            layer.act_range.copy_(act_range)
+
+
+def names_in_short(names, limit=6):
+    """'a, b, c and 4 more'."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
