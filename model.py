@@ -108,8 +108,11 @@ class Layer(nn.Module):
         B, T, H = x.shape
         query, key, value = (linear(x).view(B, T, self.heads, H // self.heads).transpose(1, 2)      # (B, A, T, D)
                              for linear in (self.query, self.key, self.value))
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
-                                                 dropout_p=self.attention_dropout if self.training else 0.0)
+        if x.device.type == "cpu":       # PyTorch's CPU attention: its backward is twice as slow in bf16 as in float32
+            query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast(x.device.type, enabled=x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)):
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
+                                                     dropout_p=self.attention_dropout if self.training else 0.0)
         context = context.transpose(1, 2).reshape(B, T, H)
         x = self.attention_norm(x + self.attention_output_dropout(self.attention_output(context)))
         return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
@@ -230,6 +233,15 @@ def build(config, kind, num_labels=2):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
     return model
+
+
+def set_dropout(model, probability):
+    """One dropout probability for embeddings, attention, residual sums and heads, in place of the configuration's."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        elif isinstance(module, Layer):
+            module.attention_dropout = probability
 
 
 def linears(model):

@@ -1,0 +1,42 @@
+"""Files of text and of tasks in, batches of tensors out.
+
+    text.py     plain text to documents, the WordPiece tokenizer, batches for masked-word pre-training
+    tasks.py    SST-2, MNLI, QQP, QNLI and SQuAD in their published formats, batches for fine-tuning, evaluation
+    metrics.py  accuracy, F1, SQuAD exact match and F1, the best answer span
+    tiny.py     a small invented world: text and all five tasks, so that everything runs without a download
+
+One rule holds for every batch: row r of step s is a pure function of (seed, s, r). One process with 16 rows, four
+micro-batches of 4, and two machines with 8 each therefore train on the same rows, and a run resumed at step s goes on
+exactly as if it had never stopped. Nothing has to be saved for that.
+"""
+
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A mistake in a file, not in the program. The message is the one sentence the person at the keyboard reads:
+    which file and line, what was found there, what was expected, and what to do."""
+
+
+def decode(content: bytes, path: Path) -> str:
+    """The content of the file `path` as text with "\\n" line ends; DataError names the line that is not UTF-8.
+
+    Callers cut it into lines with split("\\n"), not splitlines(), which also cuts at U+2028, form feeds and other signs
+    that occur inside the fields of published task files.
+    """
+    content = content.removeprefix(b"\xef\xbb\xbf")     # the byte order mark some editors put first
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: the byte 0x{content[error.start]:02x} is not UTF-8 text; "
+                        "save the file as UTF-8 and start again") from None
+    return text.replace("\r\n", "\n")
+
+
+def read_text(path: str | Path) -> str:
+    """The whole UTF-8 text file at `path`; DataError if there is no such file or it is not UTF-8."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; check the path")
+    return decode(path.read_bytes(), path)

@@ -1,0 +1,384 @@
+"""The five tasks: their published files, training batches, and evaluation.
+
+    data = TaskData("sst2", "path/to/folder", tokenizer, max_length=128)   # the folder that holds SST-2/, MNLI/, …
+    batch = data.collate(data.rows(step=0, batch_size=32))                 # dict of int64 tensors
+    metrics, predictions = data.evaluate(predict)                          # predict(batch) returns logits
+
+SST-2, MNLI, QQP and QNLI come as GLUE's tab-separated files (arXiv 1804.07461), SQuAD v1.1 as JSON (arXiv 1606.05250).
+"""
+
+import gzip
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from data import DataError, decode
+from data.metrics import accuracy, best_span, binary_f1, squad_scores
+from data.text import fit_pair, pad, pad_rows, sequence, token_ids
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one task looks like on disk and how it is measured."""
+    name: str
+    folder: str
+    kind: str                           # "classification" or "span"
+    metric: str                         # the one to quote
+    labels: tuple[str, ...] = ()        # as written in the file; the position is the class number (GLUE's order)
+    text_columns: tuple[str, ...] = ()
+    label_column: str = ""
+    train: str = "train.tsv"
+    dev: dict[str, str] = field(default_factory=lambda: {"dev": "dev.tsv"})     # the first is required
+
+
+TASKS = {task.name: task for task in (
+    Task("sst2", "SST-2", "classification", "accuracy", ("0", "1"), ("sentence",), "label"),
+    Task("mnli", "MNLI", "classification", "accuracy", ("entailment", "neutral", "contradiction"),
+         ("sentence1", "sentence2"), "gold_label",
+         dev={"dev_matched": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv"}),
+    Task("qqp", "QQP", "classification", "f1", ("0", "1"), ("question1", "question2"), "is_duplicate"),
+    Task("qnli", "QNLI", "classification", "accuracy", ("entailment", "not_entailment"),
+         ("question", "sentence"), "label"),
+    Task("squad", "SQuAD", "span", "f1", train="train-v1.1.json", dev={"dev": "dev-v1.1.json"}),
+)}
+NO_LABEL = "-"              # MNLI: the annotators did not agree
+LONGEST_QUESTION = 64       # word pieces, as in BERT's SQuAD script
+
+
+# ---------------------------------------------------------------- files
+
+def _read(path: Path) -> str:
+    """The text of a file, which may be gzipped (.gz)."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: this is not a whole gzip file ({error}); fetch it again") from None
+    return decode(content, path)
+
+
+def read_table(path: Path, task: Task) -> tuple[list[list[str]], list[int], int]:
+    """Read a GLUE file: one list of texts per text column, the class of each row, and how many rows were left out.
+
+    Fields are split at tabs only, never at quotes, and columns are found by the names in the first line, so further
+    columns do no harm. Left out are rows whose label is "-" (MNLI: no agreement). A line break inside a field (the
+    published QQP has some) leaves neighbouring lines that are all too short and together just long enough: they are
+    joined again. Every other line with a wrong number of fields, or with an unknown label, raises DataError.
+    """
+    lines = _read(path).removesuffix("\n").split("\n")
+    header = lines[0].split("\t")
+    for column in (*task.text_columns, task.label_column):
+        if column not in header:
+            raise DataError(f"{path}:1: there is no column {column!r}; found {', '.join(map(repr, header))}, expected "
+                            f"the tab-separated names {', '.join((*task.text_columns, task.label_column))}")
+    columns = [header.index(column) for column in task.text_columns]
+    label_column, classes = header.index(task.label_column), {label: i for i, label in enumerate(task.labels)}
+    texts, labels, skipped, number = [[] for _ in columns], [], 0, 1
+    while number < len(lines):
+        fields, first = lines[number].split("\t"), number + 1       # people count lines from 1
+        number += 1
+        while len(fields) < len(header) and number < len(lines):
+            following = lines[number].split("\t")
+            if len(following) >= len(header):
+                break
+            fields = [*fields[:-1], f"{fields[-1]} {following[0]}", *following[1:]]
+            number += 1
+        if len(fields) != len(header):
+            found = lines[first - 1].count("\t") + 1
+            raise DataError(f"{path}:{first}: found {found} tab-separated field{'s' * (found != 1)}, expected "
+                            f"{len(header)} as in line 1; correct or remove the line")
+        label = fields[label_column]
+        if label == NO_LABEL and task.name == "mnli":
+            skipped += 1
+            continue
+        if label not in classes:
+            raise DataError(f"{path}:{first}: the label in column {task.label_column!r} is {label!r}, expected one of "
+                            f"{', '.join(task.labels)}; correct the line")
+        labels.append(classes[label])
+        for column, values in zip(columns, texts):
+            values.append(fields[column])
+    if not labels:
+        raise DataError(f"{path}: there are no examples in it, only a header; expected one example a line")
+    return texts, labels, skipped
+
+
+@dataclass(frozen=True)
+class Question:
+    """One SQuAD question; `answers` are the accepted (text, first character in the context)."""
+    identifier: str
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a SQuAD v1.1 file. An answer_start that does not fit is moved to the nearest place where the answer does
+    occur in the context. Raises DataError for broken JSON, another structure, or an answer that occurs nowhere."""
+    try:
+        content = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: this is not JSON ({error.msg}, column {error.colno}); "
+                        "expected the SQuAD v1.1 file as published") from None
+    questions, place = {}, "the top level"
+    try:
+        for a, article in enumerate(content["data"]):
+            place = f"data[{a}]"
+            for p, paragraph in enumerate(article["paragraphs"]):
+                place = f"data[{a}].paragraphs[{p}]"
+                context = paragraph["context"]
+                for q, entry in enumerate(paragraph["qas"]):
+                    place = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                    question = _question(entry, context)
+                    if question.identifier in questions:
+                        raise LookupError(f"the id {question.identifier!r} for a second time")
+                    questions[question.identifier] = question
+    except LookupError as error:
+        found = f"no field {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path}: found {found} in {place}; expected the structure of SQuAD v1.1") from None
+    except TypeError:
+        raise DataError(f"{path}: found a value of the wrong type in {place}; expected the structure of SQuAD "
+                        "v1.1") from None
+    if not questions:
+        raise DataError(f"{path}: there are no questions in it; expected the SQuAD v1.1 file as published")
+    return list(questions.values())
+
+
+def _question(entry: dict, context: str) -> Question:
+    """One element of `qas`; LookupError or TypeError if it is not as it should be."""
+    answers = tuple((answer["text"], _answer_start(context, answer["text"], answer["answer_start"]))
+                    for answer in entry["answers"])
+    if not answers:
+        raise LookupError("a question without answers, which SQuAD v1.1 does not have,")
+    if not all(isinstance(value, str) for value in (entry["id"], entry["question"], context)):
+        raise TypeError
+    return Question(entry["id"], entry["question"], context, answers)
+
+
+def _answer_start(context: str, text: str, start: int) -> int:
+    """`start` if `text` stands there in the context, else the nearest place where it does."""
+    if text and context.startswith(text, max(start, 0)):
+        return max(start, 0)
+    places = [place for place in range(len(context)) if text and context.startswith(text, place)]
+    if not places:
+        raise LookupError(f"the answer {text!r}, which does not occur in its context,")
+    return min(places, key=lambda place: abs(place - start))
+
+
+# ---------------------------------------------------------------- batches and evaluation
+
+class TaskData:
+    """One task's examples as rows of tokens, in training batches and in evaluation.
+
+    task        a name in TASKS, or a Task
+    folder      holds the task folders SST-2/, MNLI/, …; not used if `splits` is empty
+    splits      "train", "dev" or both; () for a TaskData that only encodes single texts
+    stride      SQuAD: tokens by which neighbouring windows of a long context overlap
+
+    Attributes: task (a Task), kind, labels, max_length, and skipped {split: rows left out because MNLI's annotators
+    did not agree}. MNLI's dev_mismatched.tsv may be missing; it is then just not evaluated.
+    Files are read, and DataError raised, at once; a split is tokenized when it is first used.
+    """
+
+    def __init__(self, task: str | Task, folder: str | Path, tokenizer: Tokenizer, max_length: int, seed: int = 0,
+                 stride: int = 128, splits: tuple[str, ...] = ("train", "dev")):
+        if task not in TASKS.values() and task not in TASKS:
+            raise DataError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}")
+        self.task = task if isinstance(task, Task) else TASKS[task]
+        self.kind, self.labels = self.task.kind, self.task.labels
+        self.tokenizer, self.max_length, self.seed, self.stride = tokenizer, max_length, seed, stride
+        self.skipped: dict[str, int] = {}
+        self._examples, self._tokenized = {}, {}        # by split: what was read, and the rows made of it
+        self._epoch, self._batches = None, None         # a cache, no state: see _epoch_batches
+        if max_length < 8:
+            raise DataError(f"max_length is {max_length}; expected at least 8 tokens, three of which are special")
+        for name, file in self._files(Path(folder), splits).items():
+            if self.kind == "span":
+                self._examples[name] = read_questions(file)
+            else:
+                *self._examples[name], self.skipped[name] = read_table(file, self.task)
+
+    def _files(self, folder: Path, splits: tuple[str, ...]) -> dict[str, Path]:
+        """The files to read, by the name of the split; DataError if a required one is missing."""
+        wanted = ({"train": self.task.train} if "train" in splits else {}) | (self.task.dev if "dev" in splits else {})
+        required = ("train", next(iter(self.task.dev)))
+        files = {}
+        for name, file in wanted.items():
+            path = folder / self.task.folder / file
+            found = [path for path in (path, path.with_name(file + ".gz")) if path.is_file()]
+            if found:
+                files[name] = found[0]
+            elif name in required:
+                raise DataError(f"{path if path.parent.is_dir() else path.parent}: this is missing; give (--data) the "
+                                f"folder that holds {self.task.folder}/ with {file} in it")
+        return files
+
+    # ---- rows
+
+    def _split_rows(self, split: str) -> list[dict]:
+        """All rows of a split, tokenized at the first call; SQuAD's carry the number of their question, `example`."""
+        if split not in self._examples:
+            raise ValueError(f"the split {split!r} was not loaded; loaded are {sorted(self._examples)}")
+        if split not in self._tokenized:
+            if self.kind == "span":
+                self._tokenized[split] = self._encode_questions(self._examples[split])
+            else:
+                texts, labels = self._examples[split]
+                self._tokenized[split] = [row | {"label": label} for row, label in zip(self.encode(*texts), labels)]
+        return self._tokenized[split]
+
+    def encode(self, texts_a: list[str], texts_b: list[str] | None = None) -> list[dict]:
+        """Rows `input_ids` int32 and `token_type_ids` int8, both (length,), of texts or pairs of texts.
+
+        [CLS] a [SEP] or [CLS] a [SEP] b [SEP]; of a pair that is too long, the longer text is cut at its end.
+        """
+        first_ids = token_ids(self.tokenizer, texts_a)
+        if texts_b is None:
+            return [sequence(self.tokenizer, first[:self.max_length - 2]) for first in first_ids]
+        rows = []
+        for first, second in zip(first_ids, token_ids(self.tokenizer, texts_b), strict=True):
+            first_length, second_length = fit_pair(len(first), len(second), self.max_length - 3)
+            rows.append(sequence(self.tokenizer, first[:first_length], second[:second_length]))
+        return rows
+
+    def encode_question(self, question: str, context: str) -> list[dict]:
+        """The windows of one question, as rows for `collate` and `best_span`."""
+        return self._encode_questions([Question("", question, context, ())])
+
+    def _encode_questions(self, questions: list[Question]) -> list[dict]:
+        contexts = list(dict.fromkeys(question.context for question in questions))      # many questions share one
+        encoded = {}
+        for begin in range(0, len(contexts), 1000):
+            piece = contexts[begin:begin + 1000]
+            for context, encoding in zip(piece, self.tokenizer.encode_batch(piece, add_special_tokens=False)):
+                encoded[context] = (np.array(encoding.ids, dtype=np.int32),
+                                    np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2))
+        question_ids = token_ids(self.tokenizer, [question.question for question in questions])
+        rows = []
+        for example, (question, ids) in enumerate(zip(questions, question_ids)):
+            rows += self._windows(example, question, ids[:LONGEST_QUESTION], *encoded[question.context])
+        return rows
+
+    def _windows(self, example: int, question: Question, question_ids: np.ndarray, context_ids: np.ndarray,
+                 offsets: np.ndarray) -> list[dict]:
+        """[CLS] question [SEP] window [SEP] for windows that cover the context and overlap by `stride` tokens.
+
+        Besides the rows of `sequence`: `context`; `offsets` int32 (tokens, 2), the characters each token of the window
+        stands for; `context_begin`, the position of the first one; and where the first answer lies in the sequence,
+        `start_position` and `end_position`, both 0 ([CLS]) if the window does not hold all of it.
+        """
+        room = self.max_length - len(question_ids) - 3
+        if room < 1 or (len(context_ids) > room and room <= self.stride):
+            raise DataError(f"max_length {self.max_length} is too short for SQuAD: the question "
+                            f"{question.question!r} leaves room for {room} tokens of the text, expected more than the "
+                            f"{self.stride} by which windows overlap; use max_length 384, or a smaller stride")
+        first_token, last_token = -1, -1
+        if question.answers:
+            text, start = question.answers[0]
+            first_token = int(np.searchsorted(offsets[:, 1], start, side="right"))      # first to end after the start
+            last_token = int(np.searchsorted(offsets[:, 0], start + len(text))) - 1     # last to begin before the end
+        context_begin, rows = len(question_ids) + 2, []
+        # The last window is the first to reach the end of the context.
+        begins = range(0, len(context_ids) - self.stride, room - self.stride) if len(context_ids) > room else (0,)
+        for begin in begins:
+            end = min(begin + room, len(context_ids))
+            inside = begin <= first_token <= last_token < end
+            rows.append(sequence(self.tokenizer, question_ids, context_ids[begin:end]) | {
+                "example": example, "context": question.context, "offsets": offsets[begin:end],
+                "context_begin": context_begin,
+                "start_position": first_token - begin + context_begin if inside else 0,
+                "end_position": last_token - begin + context_begin if inside else 0})
+        return rows
+
+    # ---- training
+
+    def __len__(self) -> int:
+        """Training rows (SQuAD: windows)."""
+        return len(self._split_rows("train"))
+
+    def rows(self, step: int, batch_size: int, begin: int = 0, end: int | None = None) -> list[dict]:
+        """Rows begin … end - 1 of the training batch of `step`: a pure function of (seed, step, row, batch_size).
+
+        Every epoch has its own order, in which rows of similar length share a batch, to save padding. No row comes
+        twice in an epoch; the len(self) % batch_size rows left over at its end are dropped, others in each epoch.
+        """
+        rows = self._split_rows("train")
+        per_epoch = len(rows) // batch_size
+        if not per_epoch:
+            raise DataError(f"{self.task.folder}/{self.task.train} gives {len(rows)} rows, fewer than one batch of "
+                            f"{batch_size}; use a smaller --batch-size")
+        batch = self._epoch_batches(step // per_epoch, batch_size)[step % per_epoch]
+        return [rows[row] for row in batch[begin:end]]
+
+    def _epoch_batches(self, epoch: int, batch_size: int) -> np.ndarray:
+        """Row numbers of one epoch, int64 (batches, batch_size): shuffle, sort pools of 50 batches, shuffle batches."""
+        if self._epoch != (epoch, batch_size):
+            generator = np.random.default_rng((self.seed, epoch))
+            lengths = np.array([len(row["input_ids"]) for row in self._split_rows("train")])
+            order = generator.permutation(len(lengths))[:len(lengths) // batch_size * batch_size]
+            pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
+            order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+            self._epoch = (epoch, batch_size)
+            self._batches = generator.permutation(order.reshape(-1, batch_size))
+        return self._batches
+
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """int64 `input_ids`, `attention_mask`, `token_type_ids`, all (rows, longest rounded up to a multiple of 8),
+        and, as far as the rows have them, `labels` or `start_positions` and `end_positions`, all (rows,)."""
+        batch = pad_rows(rows, self.tokenizer.token_to_id("[PAD]"), self.max_length)
+        for name, column in (("label", "labels"), ("start_position", "start_positions"),
+                             ("end_position", "end_positions")):
+            if name in rows[0]:
+                batch[column] = torch.tensor([row[name] for row in rows])
+        return batch
+
+    # ---- evaluation
+
+    def evaluate(self, predict, batch_size: int = 32, limit: int | None = None) -> tuple[dict, dict]:
+        """Run `predict` over the first `limit` (default: all) examples of every dev set.
+
+        predict(batch) gets a batch of `collate` and returns float logits: (rows, classes), or for SQuAD the pair
+        start_logits, end_logits, both (rows, length). Returns (metrics, predictions): metrics {name: fraction 0 … 1},
+        predictions {dev set: [label, …] in the order of the file, or {question id: text}}.
+        """
+        metrics, predictions = {}, {}
+        for number, name in enumerate(name for name in self._examples if name != "train"):
+            if self.kind == "span":
+                questions = self._examples[name][:limit]
+                predictions[name] = self._answers(predict, questions, self._split_rows(name), batch_size)
+                metrics |= squad_scores(predictions[name], {question.identifier: [text for text, _ in question.answers]
+                                                            for question in questions})
+                continue
+            rows = self._split_rows(name)[:limit]
+            expected = [self.labels[row["label"]] for row in rows]
+            predictions[name] = [self.labels[output[0].argmax()] for output in self._outputs(predict, rows, batch_size)]
+            suffix = name.removeprefix("dev") if number else ""
+            metrics["accuracy" + suffix] = accuracy(predictions[name], expected)
+            if self.task.metric == "f1":
+                metrics["f1" + suffix] = binary_f1(predictions[name], expected, positive=self.labels[1])
+        return metrics, predictions
+
+    def _answers(self, predict, questions: list[Question], rows: list[dict], batch_size: int) -> dict[str, str]:
+        rows = [row for row in rows if row["example"] < len(questions)]
+        windows: list[list] = [[] for _ in questions]
+        for row, (start, end) in zip(rows, self._outputs(predict, rows, batch_size)):
+            windows[row["example"]].append((row, start, end))
+        return {question.identifier: best_span(*zip(*group))[0] for question, group in zip(questions, windows)}
+
+    def _outputs(self, predict, rows: list[dict], batch_size: int) -> list[tuple[np.ndarray, ...]]:
+        """What `predict` returns for each row, in the order of `rows`, though rows of similar length share a batch."""
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+        outputs: list = [None] * len(rows)
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin:begin + batch_size]
+            with torch.no_grad():
+                result = predict(self.collate([rows[row] for row in chosen]))
+            arrays = [tensor.float().cpu().numpy() for tensor in (result if isinstance(result, tuple) else (result,))]
+            for row, *values in zip(chosen, *arrays):
+                outputs[row] = tuple(values)
+        return outputs

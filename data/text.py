@@ -1,0 +1,411 @@
+"""Text for pre-training: documents, the WordPiece tokenizer, and masked sentence pairs (BERT, arXiv 1810.04805).
+
+    documents = read_documents("articles/")                    # list of documents, each a list of sentences
+    tokenizer = train_tokenizer(documents, vocab_size=8000)
+    data = PretrainingData(documents, tokenizer, max_length=128)
+    batch = data.collate(data.rows(step=0, batch_size=32))     # dict of int64 tensors
+"""
+
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data import DataError, read_text
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+IGNORED = -100      # the label of a position without a loss: what torch's cross_entropy leaves out
+
+
+# ---------------------------------------------------------------- sentences
+
+# Words whose full stop does not end a sentence, and words for which that holds only before a number ("No. 5").
+ABBREVIATIONS = frozenset("""mr mrs ms dr prof rev hon st sr jr gen col lt sgt capt cpt maj cmdr adm gov sen rep pres
+    mt ft vs cf al approx est ca inc ltd co corp bros dept univ viz jan feb mar apr jun jul aug sep sept oct nov
+    dec mon tue wed thu fri sat sun""".split())
+NUMBERED = frozenset("no nos vol vols ch fig figs eq sec art p pp op".split())
+DOTTED = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,2}")          # U.S  e.g  a.m  Ph.D: dots inside short letters
+BOUNDARY = re.compile(r"""([.!?]+)["'”’)\]]*\s+(?=["'“‘(\[]*([^\W_a-z]))""")
+
+
+def split_sentences(line: str) -> list[str]:
+    """Cut one line of running text into sentences by rule.
+
+    A sentence ends at . ! or ? (with any closing quotes and brackets), followed by space and a capital or a digit,
+    unless the single full stop belongs to an abbreviation (Mr.), to an initial (J. Smith), to a dotted
+    abbreviation (U.S., e.g.) or to a numbered word (No. 5). A dotted abbreviation never ends a sentence, so "in the
+    U.S. He left." stays in one piece: that is the rarer case, and a missed cut does less harm than a false one.
+    """
+    sentences, begin = [], 0
+    for match in BOUNDARY.finditer(line):
+        marks, following = match.groups()
+        word = line[line.rfind(" ", 0, match.start()) + 1:match.start()].lstrip("\"'“‘([")
+        if marks == "." and (word.lower() in ABBREVIATIONS or DOTTED.fullmatch(word)
+                             or (len(word) == 1 and word.isupper() and word != "I")
+                             or (word.lower() in NUMBERED and following.isdigit())):
+            continue
+        sentences.append(line[begin:match.end()].strip())
+        begin = match.end()
+    sentences.append(line[begin:].strip())
+    return [sentence for sentence in sentences if sentence]
+
+
+def read_documents(path: str | Path) -> list[list[str]]:
+    """Read `path`, a text file or a folder of .txt files (in the order of their names), as a list of documents.
+
+    Blank lines part documents; every line is cut into sentences (see split_sentences). Returns one list of sentences
+    per document. Raises DataError if there is nothing to read or a file is not UTF-8.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file or folder; give a .txt file or a folder of .txt files")
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: this folder holds no .txt file; give a .txt file or a folder of .txt files")
+    documents: list[list[str]] = []
+    for file in files:
+        documents.append([])                            # a document never runs on into the next file
+        for line in read_text(file).split("\n"):
+            if line.strip():
+                documents[-1].extend(split_sentences(line))
+            elif documents[-1]:
+                documents.append([])
+    documents = [document for document in documents if document]
+    if not documents:
+        raise DataError(f"{path}: there is no text in it; expected sentences, with a blank line between documents")
+    return documents
+
+
+# ---------------------------------------------------------------- tokenizer
+
+def bert_tokenizer(vocabulary: dict[str, int], lowercase=True, strip_accents=None, chinese=True) -> Tokenizer:
+    """BERT's tokenizer (greedy longest-match WordPiece) over a vocabulary {token: id}."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    if all(token in vocabulary for token in SPECIAL_TOKENS):
+        tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+        tokenizer.post_processor = processors.BertProcessing(
+            ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return tokenizer
+
+
+def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
+    """Learn a lower-cased WordPiece vocabulary of at most `vocab_size` tokens; ids 0..4 are SPECIAL_TOKENS.
+
+    The same documents always give the same vocabulary. The library alone does not promise that: it numbers the
+    word-inner letters ("##e") in the order of a hash table, and equally frequent merges are ranked by those numbers
+    (huggingface/tokenizers issue 1794). So a first pass, which merges nothing, only collects the letters, and the
+    second pass is handed them sorted. Raises DataError if vocab_size does not even hold the letters.
+    """
+    def trained(size: int, first: list[str]) -> dict[str, int]:
+        tokenizer = bert_tokenizer({})
+        tokenizer.train_from_iterator(itertools.chain.from_iterable(documents), trainers.WordPieceTrainer(
+            vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False,
+            initial_alphabet=alphabet, limit_alphabet=len(alphabet)))
+        return tokenizer.get_vocab()
+
+    normalizer, counts = normalizers.BertNormalizer(), Counter()
+    for document in documents:
+        counts.update(normalizer.normalize_str(" ".join(document)))
+    ranked = sorted((-count, letter) for letter, count in counts.items() if not letter.isspace())
+    alphabet = sorted(letter for _, letter in ranked[:1000])        # rarer signs become [UNK]
+    letters = sorted(set(trained(0, list(SPECIAL_TOKENS))) - set(SPECIAL_TOKENS), key=lambda t: (len(t), t))
+    if vocab_size < len(SPECIAL_TOKENS) + len(letters):
+        raise DataError(f"vocab_size {vocab_size} is too small for this text: its {len(letters)} letters and "
+                        f"{len(SPECIAL_TOKENS)} special tokens need at least {len(SPECIAL_TOKENS) + len(letters)}")
+    return bert_tokenizer(trained(vocab_size, [*SPECIAL_TOKENS, *letters]))
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory: tokenizer.json, or else vocab.txt with the options in tokenizer_config.json.
+
+    Truncation and padding stored in the file are switched off. Raises DataError if neither file is there, if one
+    is damaged, or if one of SPECIAL_TOKENS is missing from the vocabulary.
+    """
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        try:
+            tokenizer = Tokenizer.from_str(read_text(path))
+        except DataError:
+            raise
+        except Exception as error:      # the library raises bare Exception
+            raise DataError(f"{path}: this is not a tokenizer file ({error}); restore it, or delete it to use "
+                            "vocab.txt beside it") from None
+    elif (path := directory / "vocab.txt").is_file():
+        tokenizer = _tokenizer_from_vocabulary(path)
+    else:
+        raise DataError(f"{directory}: there is neither tokenizer.json nor vocab.txt in it; give a model directory")
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise DataError(f"{path}: the vocabulary lacks {' '.join(missing)}; expected a BERT vocabulary with "
+                        f"{' '.join(SPECIAL_TOKENS)}")
+    if max(vocabulary.values()) >= len(vocabulary):
+        raise DataError(f"{path}: the vocabulary has {len(vocabulary)} tokens but the id {max(vocabulary.values())}; "
+                        "expected the ids 0, 1, 2, … without gaps")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _tokenizer_from_vocabulary(path: Path) -> Tokenizer:
+    """A tokenizer over vocab.txt, whose line number (from 0) is the token's id."""
+    vocabulary: dict[str, int] = {}
+    for number, token in enumerate(read_text(path).removesuffix("\n").split("\n")):
+        if token in vocabulary:
+            raise DataError(f"{path}:{number + 1}: the token {token!r} already stands in line "
+                            f"{vocabulary[token] + 1}; expected one distinct token a line")
+        vocabulary[token] = number
+    options, config = {}, path.with_name("tokenizer_config.json")
+    if config.is_file():
+        try:
+            options = json.loads(read_text(config))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{config}:{error.lineno}: this is not JSON ({error.msg}); restore or delete it") from None
+    return bert_tokenizer(vocabulary, options.get("do_lower_case", True), options.get("strip_accents"),
+                          options.get("tokenize_chinese_chars", True))
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Write vocab.txt, tokenizer.json and tokenizer_config.json, which transformers' BertTokenizer reads too.
+
+    Each file is written under a temporary name and then renamed, so that none is ever half there.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = tokenizer.get_vocab()
+    normalizer = json.loads(tokenizer.to_str()).get("normalizer") or {}
+    config = {"tokenizer_class": "BertTokenizer",
+              "do_lower_case": normalizer.get("lowercase", True),
+              "strip_accents": normalizer.get("strip_accents"),
+              "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
+              **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}}
+    files = {"vocab.txt": "".join(token + "\n" for token in sorted(vocabulary, key=vocabulary.get)),
+             "tokenizer.json": tokenizer.to_str(),
+             "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+    for name, content in files.items():
+        temporary = directory / f".{name}.{os.getpid()}"
+        temporary.write_text(content, encoding="utf-8", newline="\n")
+        os.replace(temporary, directory / name)
+
+
+# ---------------------------------------------------------------- sequences, shared with tasks.py
+
+def token_ids(tokenizer: Tokenizer, texts: list[str]):
+    """Yield the word-piece ids of each text, an int32 array without [CLS] and [SEP]."""
+    for begin in range(0, len(texts), 10_000):          # in pieces: the library's result objects are large
+        for encoding in tokenizer.encode_batch_fast(texts[begin:begin + 10_000], add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.int32)
+
+
+def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
+    """Lengths left of two segments when the longer one loses a token (the second, if equal) until both fit `room`."""
+    return min(first, max(room - second, (room + 1) // 2)), min(second, max(room - first, room // 2))
+
+
+def sequence(tokenizer: Tokenizer, first: np.ndarray, second: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """[CLS] first [SEP] or [CLS] first [SEP] second [SEP]: `input_ids` int32, `token_type_ids` int8, both (length,)."""
+    separator, boundary = tokenizer.token_to_id("[SEP]"), len(first) + 2
+    input_ids = np.full(boundary if second is None else boundary + len(second) + 1, separator, dtype=np.int32)
+    input_ids[0] = tokenizer.token_to_id("[CLS]")
+    input_ids[1:boundary - 1] = first
+    if second is not None:
+        input_ids[boundary:-1] = second
+    token_type_ids = np.zeros(len(input_ids), dtype=np.int8)
+    token_type_ids[boundary:] = 1
+    return {"input_ids": input_ids, "token_type_ids": token_type_ids}
+
+
+def pad(arrays: list[np.ndarray], value: int, max_length: int) -> torch.Tensor:
+    """Stack 1-d arrays as int64 (rows, longest rounded up to a multiple of 8 but not over max_length)."""
+    longest = max(len(array) for array in arrays)
+    padded = np.full((len(arrays), min(-(-longest // 8) * 8, max_length)), value, dtype=np.int64)
+    for row, array in zip(padded, arrays):
+        row[:len(array)] = array
+    return torch.from_numpy(padded)
+
+
+def pad_rows(rows: list[dict], padding: int, max_length: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` (1 = token, 0 = padding) and `token_type_ids` of rows made by `sequence`."""
+    return {"input_ids": pad([row["input_ids"] for row in rows], padding, max_length),
+            "attention_mask": pad([np.ones_like(row["input_ids"]) for row in rows], 0, max_length),
+            "token_type_ids": pad([row["token_type_ids"] for row in rows], 0, max_length)}
+
+
+# ---------------------------------------------------------------- pre-training
+
+# Random numbers come from independent streams: default_rng((seed, stream, …)).
+CUTS, ORDERS, SAMPLES = range(3)
+VALIDATION_SEED = 0     # whatever the seed of the run, so that runs with different seeds are comparable
+
+
+class PretrainingData:
+    """Masked-word samples from documents, as in BERT (arXiv 1810.04805).
+
+    Documents are cut once into spans of consecutive sentences, about as long as the target: max_length less the
+    special tokens, or with `short_probability` a uniformly random shorter one. An epoch visits every span once, in an
+    order of its own. Each visit draws afresh what is made of the span:
+
+    * with next_sentence: the span is cut in two at a random sentence, [CLS] A [SEP] B [SEP]. With probability 0.5,
+      and always if it has only one sentence, B comes from a random place in another document of the same split
+      (next_sentence_label 1) instead of being A's own continuation (0). What is too long is cut token by token from
+      the front or back of the longer segment. (BERT's script draws once, in advance, and hands the sentences that B
+      replaced to the next span. Here they wait for another epoch: the cost of a fixed number of spans.)
+    * without (DistilBERT, arXiv 1910.01108): [CLS] sentence [SEP] sentence [SEP] …, all of token type 0.
+    * the mask: 15 % of the tokens that are not special, at least one, become labels; of these 80 % turn into [MASK],
+      10 % into a random token and 10 % stay.
+
+    The first 5 % of the documents are for validation. Raises DataError if there are too few documents.
+    """
+
+    def __init__(self, documents, tokenizer, max_length, next_sentence=True, seed=0, short_probability=0.1,
+                 mask_probability=0.15, validation_share=0.05):
+        self.tokenizer, self.max_length, self.next_sentence = tokenizer, max_length, next_sentence
+        self.seed, self.short_probability, self.mask_probability = seed, short_probability, mask_probability
+        if max_length < 8:
+            raise DataError(f"max_length is {max_length}; expected at least 8 tokens, three of which are special")
+
+        # All tokens in one flat array. Sentence s is tokens[sentences[s]:sentences[s + 1]],
+        # document d is the sentences documents[d] … documents[d + 1] - 1.
+        pieces = token_ids(tokenizer, [sentence for document in documents for sentence in document])
+        per_document = [[piece for piece in itertools.islice(pieces, len(document)) if len(piece)]
+                        for document in documents]
+        per_document = [document for document in per_document if document]
+        flat = [piece for document in per_document for piece in document]
+        self.tokens = np.concatenate(flat) if flat else np.zeros(0, np.int32)
+        self.sentences = np.cumsum([0] + [len(piece) for piece in flat])
+        self.documents = np.cumsum([0] + [len(document) for document in per_document])
+
+        fewest = 2 if next_sentence else 1      # a random next sentence needs another document in each split
+        count = len(per_document)
+        validation = max(fewest, int(validation_share * count))
+        if count < validation + fewest:
+            raise DataError(f"the text holds {count} document{'s' * (count != 1)}; expected at least {2 * fewest}, "
+                            "half of them for validation: put blank lines between documents")
+        self.validation_split, self.training_split = (0, validation), (validation, count)
+        self.validation_spans = self._cut(*self.validation_split, VALIDATION_SEED)
+        self.training_spans = self._cut(*self.training_split, seed)
+
+        special = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+        self.padding, _, _, self.separator, self.mask = special
+        self.is_special = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+        self.is_special[special] = True
+        self.ordinary = np.flatnonzero(~self.is_special)
+        self._epoch, self._order = -1, None     # a cache, no state: see _training_order
+
+    def _cut(self, first_document: int, last_document: int, seed: int) -> np.ndarray:
+        """Spans of documents first … last - 1: int64 rows (document, first sentence, end sentence, target tokens)."""
+        generator = np.random.default_rng((seed, CUTS))
+        longest = self.max_length - (3 if self.next_sentence else 1)
+        lengths = (np.diff(self.sentences) + (0 if self.next_sentence else 1)).tolist()     # + 1 for its [SEP]
+        spans = []
+        for document in range(first_document, last_document):
+            last = self.documents[document + 1] - 1
+            begin, length, target = self.documents[document], 0, 0
+            for sentence in range(begin, last + 1):
+                if not target:
+                    short = generator.random() < self.short_probability
+                    target = int(generator.integers(2, longest + 1)) if short else longest
+                length += lengths[sentence]
+                if length >= target or sentence == last:
+                    spans.append((document, begin, sentence + 1, target))
+                    begin, length, target = sentence + 1, 0, 0
+        return np.array(spans, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Training rows in one epoch, the same in every epoch."""
+        return len(self.training_spans)
+
+    def rows(self, step: int, batch_size: int, begin: int = 0, end: int | None = None) -> list[dict]:
+        """Rows begin … end - 1 of the batch of `step`, a pure function of (seed, step, row, batch_size): dicts of
+        `input_ids` and `labels` int32, `token_type_ids` int8, all (length,), and maybe `next_sentence_label`.
+
+        Rows are numbered through all steps; row n of the run is place n % len(self) in the order of epoch
+        n // len(self), so every span comes once in an epoch.
+        """
+        numbers = range(step * batch_size + begin, step * batch_size + (batch_size if end is None else end))
+        return [self._sample(self.training_spans[self._training_order(number // len(self))[number % len(self)]],
+                             self.training_split, np.random.default_rng((self.seed, SAMPLES, number)))
+                for number in numbers]
+
+    def _training_order(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, ORDERS, epoch)).permutation(len(self))
+        return self._order
+
+    def validation_batches(self, batch_size: int, limit: int | None = None):
+        """Yield at most `limit` collated batches of the validation documents: always the same, masked the same."""
+        order = np.random.default_rng((VALIDATION_SEED, ORDERS)).permutation(len(self.validation_spans))
+        for begin in range(0, len(order), batch_size)[:limit]:
+            yield self.collate([self._sample(self.validation_spans[span], self.validation_split,
+                                             np.random.default_rng((VALIDATION_SEED, SAMPLES, int(span))))
+                                for span in order[begin:begin + batch_size]])
+
+    def _sample(self, span: np.ndarray, split: tuple[int, int], generator: np.random.Generator) -> dict:
+        """One row from one span; everything random comes from `generator`."""
+        if self.next_sentence:
+            first, second, is_random = self._segments(*span, split, generator)
+            row = sequence(self.tokenizer, first, second) | {"next_sentence_label": is_random}
+        else:
+            _, begin, end, _ = span
+            ends = self.sentences[begin + 1:end] - self.sentences[begin]    # but for the last, which ends the row
+            joined = np.insert(self._sentences(begin, end), ends, self.separator)
+            row = sequence(self.tokenizer, joined[:self.max_length - 2])
+        return self._masked(row, generator)
+
+    def _sentences(self, begin: int, end: int) -> np.ndarray:
+        return self.tokens[self.sentences[begin]:self.sentences[end]]
+
+    def _segments(self, document, begin, end, target, split, generator) -> tuple[np.ndarray, np.ndarray, int]:
+        """Segments A and B, cut to fit, and whether B is random."""
+        middle = begin + 1 if end - begin == 1 else begin + int(generator.integers(1, end - begin))
+        first = self._sentences(begin, middle)
+        is_random = end - begin == 1 or generator.random() < 0.5
+        if is_random:
+            other = int(generator.integers(split[0], split[1] - 1))
+            other += other >= document                              # any document of the split but this one
+            start = int(generator.integers(self.documents[other], self.documents[other + 1]))
+            wanted = self.sentences[start] + max(1, target - len(first))
+            stop = int(np.searchsorted(self.sentences, wanted))     # the first sentence end at or after it
+            second = self._sentences(start, min(stop, self.documents[other + 1]))
+        else:
+            second = self._sentences(middle, end)
+        lengths = fit_pair(len(first), len(second), self.max_length - 3)
+        segments = []
+        for segment, length in zip((first, second), lengths):
+            front = int(generator.binomial(len(segment) - length, 0.5))     # each cut falls on either end
+            segments.append(segment[front:front + length])
+        return *segments, int(is_random)
+
+    def _masked(self, row: dict, generator: np.random.Generator) -> dict:
+        """Add `labels` to the row and mask its `input_ids`."""
+        input_ids, labels = row["input_ids"], np.full_like(row["input_ids"], IGNORED)
+        candidates = np.flatnonzero(~self.is_special[input_ids])
+        count = min(len(candidates), max(1, round(self.mask_probability * len(candidates))))
+        chosen = generator.permutation(candidates)[:count]
+        labels[chosen] = input_ids[chosen]
+        draw = generator.random(count)
+        input_ids[chosen[draw < 0.8]] = self.mask
+        replaced = chosen[(draw >= 0.8) & (draw < 0.9)]
+        input_ids[replaced] = self.ordinary[generator.integers(len(self.ordinary), size=len(replaced))]
+        return row | {"labels": labels}
+
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """int64 tensors `input_ids`, `attention_mask`, `token_type_ids`, `labels` (IGNORED where not selected), all
+        (rows, longest row rounded up to a multiple of 8), and with next_sentence `next_sentence_label` (rows,)."""
+        batch = pad_rows(rows, self.padding, self.max_length)
+        batch["labels"] = pad([row["labels"] for row in rows], IGNORED, self.max_length)
+        if self.next_sentence:
+            batch["next_sentence_label"] = torch.tensor([row["next_sentence_label"] for row in rows])
+        return batch
