@@ -43,8 +43,8 @@ class ModelConfig:
 
 
 PRESETS = {
-    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                        intermediate_size=512, max_position_embeddings=128),
+    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=512, max_position_embeddings=128, initializer_range=0.05),
     "minilm-l6": ModelConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "distilbert-base": ModelConfig(model_type="distilbert", num_hidden_layers=6, type_vocab_size=0,
                                    classifier_dropout=0.2),
@@ -366,15 +366,20 @@ def read_safetensors(path):
             raise InputError(damaged + f"it has {size} bytes, and its header alone claims {length}")
         try:
             header = json.loads(file.read(length))
-            entries = {name: (DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]], *map(int, entry["data_offsets"]))
-                       for name, entry in header.items() if name != "__metadata__"}
+            entries = {}
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    (begin, end), shape = entry["data_offsets"], entry["shape"]
+                    if any(type(number) is not int or not 0 <= number < 2 ** 62 for number in (begin, end, *shape)):
+                        raise ValueError(f"tensor '{name}' has shape {shape} and offsets {begin}, {end}")
+                    entries[name] = DTYPES[entry["dtype"]], shape, begin, end
             metadata = dict(header.get("__metadata__") or {})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(damaged + f"its header cannot be read ({type(error).__name__}: {error})") from None
         data = bytearray(file.read())
     expected = 0
     for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
-        if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize or begin != expected:
+        if end - begin != math.prod(shape) * dtype.itemsize or begin != expected:
             raise InputError(damaged + f"tensor '{name}' of shape {shape} claims bytes {begin} to {end}")
         expected = end
     if expected != len(data):
@@ -413,7 +418,7 @@ def read_config(directory):
     if not Path(directory).is_dir():
         raise InputError(f"{directory} is not a folder; expected a model directory with config.json and model.safetensors")
     raw = read_json(path)
-    if raw.get("model_type") not in NAMES:
+    if raw.get("model_type") not in list(NAMES):        # a list, because what stands there need not be hashable
         raise InputError(f"{path} says model_type {raw.get('model_type')!r}; expected one of {', '.join(NAMES)}")
     if raw["model_type"] == "bert":
         keys = {name: name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -430,7 +435,8 @@ def read_config(directory):
     values = {ours: raw[theirs] for ours, theirs in keys.items() if raw.get(theirs) is not None}
     for name, value in values.items():
         default = getattr(defaults, name)
-        if type(value) not in ((int,) if isinstance(default, int) else (int, float)) or not 0 <= value < 2 ** 31:
+        kinds, limit = ((int,), 2 ** 31) if isinstance(default, int) else ((int, float), 1)
+        if type(value) not in kinds or not 0 <= value <= limit:
             raise InputError(f"{path} says {keys[name]} = {value!r}; expected a number like {default!r}")
     config = replace(defaults, **values)
     if raw["model_type"] == "bert" and raw.get("classifier_dropout") is None:
@@ -476,6 +482,8 @@ def save(model, directory, labels=None, compression=None):
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if model.kind == "classification" and labels is None:      # without names, HuggingFace's tools expect two classes
+        labels = [f"LABEL_{i}" for i in range(model.classifier.out_features)]
     masked = {name + ".weight": layer for name, layer in linears(model)}
     weights, extra = {}, {}
     for name, tensor in model.state_dict().items():
@@ -516,7 +524,8 @@ def read_weights(directory):
             raise InputError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-            assert isinstance(tensors, dict) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+            if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
+                raise TypeError("not every entry is a tensor with a name")
         except Exception as error:          # torch raises many kinds here, all of them: this file is no plain checkpoint
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path} cannot be read as a dictionary of tensors: {reason}") from None
@@ -572,7 +581,7 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
     strange = [name for name in unexpected if not name.startswith(heads)]
     if strange:
         raise InputError(f"{path} holds {len(strange)} tensors that this model has no place for: {names_in_short(strange)}")
-    for name in set(wanted) - set(missing):
+    for name in (name for name in wanted if name in found):
         if found[name].shape != wanted[name].shape:
             raise InputError(f"{path}: '{name}' has shape {list(found[name].shape)}; the configuration asks for "
                              f"{list(wanted[name].shape)}")
@@ -581,12 +590,16 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
         say(f"{path}: starts with fresh weights for {names_in_short(missing)}")
     if unexpected:
         say(f"{path}: leaves out {names_in_short(unexpected)}")
-    load_compression(model, directory)
+    load_compression(model, directory, fresh=missing)
     return model
 
 
-def load_compression(model, directory):
-    """Masks and activation ranges from compression.safetensors, where a directory has that file."""
+def load_compression(model, directory, fresh=()):
+    """Masks and activation ranges from compression.safetensors, where a directory has that file.
+
+    fresh: published names of the weights that were not loaded; those layers keep the slots of a new layer. Heads and
+    the pooler may lack an entry, the encoder's layers may not.
+    """
     path = Path(directory) / "compression.safetensors"
     if not path.is_file():
         return
@@ -594,17 +607,15 @@ def load_compression(model, directory):
     for name, layer in linears(model):
         stem = published_name(model.config.model_type, name + ".")
         bits, act_range = tensors.get(stem + "mask_bits"), tensors.get(stem + "act_range")
+        if stem + "weight" in fresh or (bits is None and act_range is None and not name.startswith("encoder.layers.")):
+            continue
         if bits is None or act_range is None:
-            if layer.prunable and stem.removesuffix(".") != NAMES["bert"]["encoder.pooler"]:
-                raise InputError(f"{path} lacks '{stem}mask_bits' or '{stem}act_range'")
-            continue                            # a fresh head
+            raise InputError(f"{path} lacks '{stem}mask_bits' or '{stem}act_range'")
         if bits.dtype != torch.uint8 or bits.shape != ((layer.mask.numel() + 7) // 8,) or act_range.shape != (2,):
             raise InputError(f"{path}: '{stem}mask_bits' or '{stem}act_range' does not fit the layer's shape "
                              f"{list(layer.weight.shape)}")
-        mask = unpack_bits(bits, layer.mask.shape)
-        if layer.prunable or bits.shape == ((layer.mask.numel() + 7) // 8,):
-            layer.mask.copy_(mask)
-            layer.act_range.copy_(act_range)
+        layer.mask.copy_(unpack_bits(bits, layer.mask.shape))
+        layer.act_range.copy_(act_range)
 
 
 def names_in_short(names, limit=6):

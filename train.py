@@ -243,7 +243,7 @@ def directory_of(s, stage=None):
     """The directory that a stage of these settings writes, or (with `stage`) that another one wrote."""
     stage = stage or ("teacher" if s.stage == "finetune" and s.mask == "dense" else s.stage)
     suffix = f"{s.pattern.replace(':', 'of')}-{s.sparsity:g}"
-    names = {"pretrain": "pretrain", "prune": f"prune-{suffix}", "teacher": f"{s.task}/teacher",
+    names = {"pretrain": "pretrain", "prune": f"prune-{suffix}", "teacher": f"{s.task}/{'random' if s.init == 'random' else 'teacher'}",
              "finetune": f"{s.task}/{'gradual' if s.mask == 'gradual' else 'sparse'}-{suffix}",
              "quantize": f"{s.task}/int8-{suffix if s.sparsity else 'dense'}"}
     return Path(s.out) / names[stage]
@@ -272,11 +272,10 @@ def parents_of(s):
     if random and s.stage in ("prune", "quantize"):
         raise InputError(f"--stage {s.stage} cannot start from random weights; give --init a trained model")
     init = None if random else parent(start, s.init, "init")
-    if s.stage == "pretrain" or directory_of(s) == directory_of(s, "teacher") or s.teacher == "none":
-        teacher = parent(None, s.teacher, "teacher") if s.teacher not in ("", "none") else None
-    else:
-        teacher = parent("pretrain" if s.stage == "prune" else "teacher", s.teacher, "teacher")
-    return init, teacher
+    alone = s.stage == "pretrain" or (s.stage == "finetune" and s.mask == "dense")
+    if s.teacher == "none" or (alone and not s.teacher):
+        return init, None
+    return init, parent("pretrain" if s.stage == "prune" else "teacher", s.teacher, "teacher")
 
 
 def data_folder(s):
@@ -411,6 +410,7 @@ def build_model_and_data(s, init):
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
         kind, num_labels = data.kind, len(data.labels) if data.kind == "classification" else None
+        notes += [f"{split}: left out {count} rows without an agreed label" for split, count in data.skipped.items() if count]
     if init:
         model = network.load(init, kind, num_labels, fresh_head=s.stage != "quantize", say=notes.append)
     else:

@@ -41,7 +41,7 @@ TASKS = {task.name: task for task in (
     Task("mnli", "MNLI", "classification", "accuracy", ("entailment", "neutral", "contradiction"),
          ("sentence1", "sentence2"), "gold_label",
          dev={"dev_matched": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv"}),
-    Task("qqp", "QQP", "classification", "f1", ("0", "1"), ("question1", "question2"), "is_duplicate"),
+    Task("qqp", "QQP", "classification", "accuracy", ("0", "1"), ("question1", "question2"), "is_duplicate"),
     Task("qnli", "QNLI", "classification", "accuracy", ("entailment", "not_entailment"),
          ("question", "sentence"), "label"),
     Task("squad", "SQuAD", "span", "f1", train="train-v1.1.json", dev={"dev": "dev-v1.1.json"}),
@@ -178,7 +178,8 @@ class TaskData:
     task        a name in TASKS, or a Task
     folder      holds the task folders SST-2/, MNLI/, …; not used if `splits` is empty
     splits      "train", "dev" or both; () for a TaskData that only encodes single texts
-    stride      SQuAD: tokens by which neighbouring windows of a long context overlap
+    stride      SQuAD: tokens by which neighbouring windows of a long context overlap; default: a third of
+                max_length, the published 128 at 384
 
     Attributes: task (a Task), kind, labels, max_length, and skipped {split: rows left out because MNLI's annotators
     did not agree}. MNLI's dev_mismatched.tsv may be missing; it is then just not evaluated.
@@ -186,12 +187,13 @@ class TaskData:
     """
 
     def __init__(self, task: str | Task, folder: str | Path, tokenizer: Tokenizer, max_length: int, seed: int = 0,
-                 stride: int = 128, splits: tuple[str, ...] = ("train", "dev")):
+                 stride: int | None = None, splits: tuple[str, ...] = ("train", "dev")):
         if task not in TASKS.values() and task not in TASKS:
             raise DataError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}")
         self.task = task if isinstance(task, Task) else TASKS[task]
         self.kind, self.labels = self.task.kind, self.task.labels
-        self.tokenizer, self.max_length, self.seed, self.stride = tokenizer, max_length, seed, stride
+        self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
+        self.stride = max_length // 3 if stride is None else stride
         self.skipped: dict[str, int] = {}
         self._examples, self._tokenized = {}, {}        # by split: what was read, and the rows made of it
         self._epoch, self._batches = None, None         # a cache, no state: see _epoch_batches

@@ -1,0 +1,634 @@
+"""The payoff: run a sparse INT8 model on a CPU, and measure what it gains.
+
+    python infer_cpu.py MODEL_DIR --text "a warm and funny film"                      label and probability
+    python infer_cpu.py MODEL_DIR --text "Who wrote it?" --context "Ada wrote it."    answer and score (SQuAD models)
+    python infer_cpu.py MODEL_DIR --evaluate --agreement                              the task's metrics, on its dev set
+    python infer_cpu.py MODEL_DIR --benchmark --batch-size 1,16                       every engine side by side
+    python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   the same without training
+
+Every engine is the network of model.py with a function set into each `Linear.kernel`; attention, layer norms, softmax
+and GELU are the same float32 for all.
+
+    fp32     dense float32 weights, zeros included
+    int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
+    sparse   only the weights that live, in integers too: the same numbers as int8
+    auto     whichever of int8 and sparse is faster for this model on this machine (they run the quantized model;
+             fp32 does not); fp32 for a model that is not quantized
+
+From Python: engine = load(directory); logits = engine(dict(input_ids=..., attention_mask=..., token_type_ids=...))
+"""
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import model as network
+import quant
+from data import DataError, tiny
+from data.metrics import best_span
+from data.tasks import TASKS, TaskData
+from data.text import load_tokenizer
+from model import InputError, linears
+
+# torch says so once per process; both are what we rely on, in the version that requirements.txt pins.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*are deprecated")
+
+ENGINES = ("fp32", "int8", "sparse")
+TILE = 32               # tokens per CSR product: a tile of 3072 inputs (384 KB) stays in the second-level cache
+HOME = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. Each takes a quant.PackedLinear and returns (function x -> y, bytes of weights it holds):
+#     x float32 (..., in),  y float32 (..., out) = s_x s_w[row] * sum_k (q_x[k] - z) q_w[row, k] + bias[row]
+# with the sum exact in integers, as in quant.integer_forward. They raise RuntimeError where torch has no such operator.
+
+def onednn(packed):
+    """Dense, oneDNN: int8 weights in its own layout. Uses VNNI and AMX where there are any."""
+    out, columns = packed.shape
+    weight = torch.ops.onednn.qlinear_prepack(quant.unpack(packed), None)
+    scale, zero_point = float(packed.input_scale), int(packed.input_zero_point)
+    weight_zero_points = torch.zeros(out, dtype=torch.int64)
+
+    def product(x):
+        q = quant.quantize_activation(x.reshape(-1, columns), packed.input_scale, zero_point, packed.bits)
+        y = torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, weight, packed.weight_scale, weight_zero_points,
+                                               packed.bias, 1.0, 0, torch.float32, "none", [], "")
+        return y.view(*x.shape[:-1], out)
+    return product, out * columns + 8 * out
+
+
+def fbgemm(packed):
+    """Dense, FBGEMM: int8 weights in its own layout. The fast one on x86 with AVX2 but without VNNI."""
+    out, columns = packed.shape
+    scale = (packed.input_scale * packed.weight_scale).double()
+    with quantized_engine("fbgemm"):
+        weight = torch.ops.quantized.linear_prepack(torch._make_per_channel_quantized_tensor(
+            quant.unpack(packed), scale, torch.zeros(out, dtype=torch.int64), 0), packed.bias)
+
+    def product(x):
+        # The operator rounds its input itself. Given the integers q - z and a step of 1, its rounding changes nothing.
+        centred, zero_point = centred_levels(x, packed)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(centred, 1.0, zero_point, weight)
+    return product, out * columns + 8 * out
+
+
+def csr(packed):
+    """Sparse, any pattern: compressed rows in float32, times the activations transposed, a tile of tokens at a time.
+
+    Every integer up to 2^24 is exact in float32, so the sums are too: see `exact_in_float32`.
+    """
+    out, columns = packed.shape
+    weight = quant.unpack(packed).to_sparse_csr()
+    weight = torch.sparse_csr_tensor(weight.crow_indices().int(), weight.col_indices().int(), weight.values().float(),
+                                     size=(out, columns), check_invariants=True)
+    scale = packed.input_scale * packed.weight_scale
+
+    def product(x):
+        centred = centred_levels(x, packed)[0].view(-1, columns)
+        y = torch.empty(len(centred), out)
+        for tokens, result in zip(centred.split(TILE), y.split(TILE)):
+            result.copy_((weight @ tokens.t().contiguous()).t())        # (out, tile) -> (tile, out)
+        return y.mul_(scale).add_(packed.bias).view(*x.shape[:-1], out)
+    return product, 8 * weight.values().numel() + 4 * (out + 1) + 8 * out
+
+
+def qnnpack(packed):
+    """Sparse 1x4 blocks: torch.ops.sparse, the operator under torch.ao.nn.sparse.quantized.dynamic.Linear.
+
+    It is dynamic: it takes scale and zero point from the smallest and largest input. The inputs are the integers q - z,
+    and one more row holds the two ends -z and 255 - z, so that what it finds is scale 1 and zero point z, exactly.
+    (The static operator, FBGEMM's torch.ops.sparse.qlinear, only returns 8-bit outputs.)
+    """
+    out, columns = packed.shape
+    if packed.pattern != "1x4":
+        raise RuntimeError("it takes 1x4 blocks only")
+    scale = (packed.input_scale * packed.weight_scale).double()
+    bias = packed.bias.clone()          # the operator crashes on a bias that does not start at a multiple of 16 bytes
+    with quantized_engine("qnnpack"):
+        weight = torch.ops.sparse.qlinear_prepack(torch._make_per_channel_quantized_tensor(
+            quant.unpack(packed), scale, torch.zeros(out, dtype=torch.int64), 0), bias, 1, 4)
+
+    def product(x):
+        centred, zero_point = centred_levels(x, packed)
+        rows = F.pad(centred.view(-1, columns), (0, 0, 0, 1))
+        rows[-1, 0], rows[-1, 1] = -zero_point, 255 - zero_point
+        with quantized_engine("qnnpack"):
+            y = torch.ops.sparse.qlinear_dynamic(rows, weight)
+        return y[:-1].view(*x.shape[:-1], out)
+    return product, 8 * len(packed.values) + 4 * (out + 1) + 8 * out
+
+
+# The compiled kernel of an engine `native` (infer_cpu.cpp, through ctypes) will stand here.
+
+DENSE_KERNELS = {"oneDNN": onednn, "FBGEMM": fbgemm}
+SPARSE_KERNELS = {"CSR": csr, "1x4 blocks": qnnpack}
+
+
+def centred_levels(x, packed):
+    """float32 (..., in) -> (its integers q - zero_point, still float32 (..., in), contiguous; zero_point)."""
+    zero_point = int(packed.input_zero_point)
+    q = quant.levels(x, packed.input_scale, 0)
+    return q.clamp_(-zero_point, 2 ** packed.bits - 1 - zero_point).contiguous(), zero_point
+
+
+def exact_in_float32(packed):
+    """Can no sum of (q_x - z) q_w leave the integers that float32 holds exactly, whatever the input?"""
+    zero_point = int(packed.input_zero_point)
+    largest = max(zero_point, 2 ** packed.bits - 1 - zero_point)
+    return largest * int(quant.unpack(packed).int().abs().sum(1).max()) <= 2 ** 24
+
+
+class quantized_engine:
+    """`with quantized_engine("qnnpack"):` torch's old quantized operators look at one global setting."""
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        self.before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = self.name         # RuntimeError where torch was built without it
+
+    def __exit__(self, *_):
+        torch.backends.quantized.engine = self.before
+
+
+def is_exact(kernel, packed):
+    """Does the kernel give the oracle's integers, on random and extreme levels? Scales 1 and bias 0 leave only those.
+
+    On a CPU whose products saturate only 7-bit inputs are tried: more is known to fail there, and warned about.
+    """
+    probe = replace(packed, weight_scale=torch.ones(packed.shape[0]), bias=torch.zeros(packed.shape[0]),
+                    input_scale=torch.tensor(1.0))
+    highest = 2 ** min(packed.bits, quant.default_activation_bits()) - 1
+    levels = torch.randint(0, highest + 1, (33, packed.shape[1]), generator=torch.Generator().manual_seed(0))
+    levels[0], levels[1] = highest, 0
+    x = (levels - packed.input_zero_point).float()
+    return torch.equal(kernel(probe)[0](x), quant.integer_forward(x, probe))
+
+
+def fastest(kernels, packed):
+    """Try every kernel of a dict on one layer, 128 tokens -> (the fastest one that is exact, a note with the times)."""
+    x, times, refused = torch.randn(128, packed.shape[1]), {}, []
+    for name, kernel in kernels.items():
+        try:
+            if not is_exact(kernel, packed):
+                refused.append(f"{name} is not exact")
+                continue
+            product, _ = kernel(packed)
+            times[name] = min(seconds(partial(product, x)) for _ in range(7))
+        except RuntimeError as error:
+            refused.append(f"{name}: {str(error).splitlines()[0]}")
+    if not times:
+        raise InputError(f"torch has no exact INT8 product for this machine: {'; '.join(refused)}")
+    best = min(times, key=times.get)
+    others = [f"{name} {1e3 * value:.2f}" for name, value in times.items()]
+    return kernels[best], f"{best} ({', '.join(others)} ms for {packed.shape[1]} -> {packed.shape[0]}, 128 tokens)"
+
+
+def seconds(function):
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines
+
+@dataclass
+class Engine:
+    """A model ready to run. Call it with a batch of int64 tensors (B, T): input_ids, attention_mask, token_type_ids."""
+    name: str                   # fp32, int8 or sparse
+    model: torch.nn.Module
+    layout: str                 # how it holds and multiplies its weights
+    memory_bytes: int           # all weights as it holds them
+    disk_bytes: int             # the file they came from
+
+    def __call__(self, batch):
+        """Logits (B, C), or the pair of start and end logits, each (B, T); float32."""
+        with torch.inference_mode():
+            return self.model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+
+
+def load(directory, engine="auto", threads=None, say=print):
+    """Open a model directory with an engine of ENGINES or 'auto'; `say` is told what auto chose, and of trouble.
+
+    Raises InputError: no such directory, a damaged file, an engine that this model or machine does not have.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    directory = Path(directory)
+    quant.kind_of(directory)                    # is it a model directory at all?
+    if engine == "fp32":
+        return load_fp32(directory)
+    if (directory / "int8.safetensors").is_file():
+        return load_auto(directory, say) if engine == "auto" else load_integer(directory, engine, say)
+    if engine == "auto":
+        say(f"engine fp32: {directory} is not quantized (it has no int8.safetensors)")
+        return load_fp32(directory)
+    raise InputError(f"engine {engine} needs a quantized model, and {directory} has no int8.safetensors; run python "
+                     f"train.py --stage quantize --task TASK --init {directory} first, or use --engine fp32")
+
+
+def load_fp32(directory):
+    """Engine fp32: the plain weights, masked once."""
+    kind, *_ = quant.kind_of(directory)
+    model = network.load(directory, kind).eval().requires_grad_(False)
+    for _, layer in linears(model):
+        layer.weight *= layer.mask
+        layer.mask = None                       # not read any more
+        layer.kernel = partial(F.linear, weight=layer.weight, bias=layer.bias)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    file = next(path for name in ("model.safetensors", "pytorch_model.bin") if (path := directory / name).is_file())
+    return Engine("fp32", model, "dense float32", size, file.stat().st_size)
+
+
+def load_integer(directory, name, say=print):
+    """Engine int8 or sparse, from int8.safetensors. Kernels are chosen by timing the largest layer of each pattern."""
+    model, packed, metadata = quant.read_int8(directory)
+    if metadata["activation_bits"] == "8" and quant.saturates():
+        say("warning: this CPU has no VNNI, and 8-bit activations may saturate its INT8 product; quantize with "
+            "--activation-bits 7 for exact results here")
+    if name == "sparse" and all(layer.pattern == "dense" for layer in packed.values()):
+        raise InputError(f"engine sparse needs pruned layers, and {directory} has none; use --engine int8")
+    kinds = {layer_name: layer.pattern if name == "sparse" and exact_in_float32(layer) else "dense"
+             for layer_name, layer in packed.items()}
+    chosen, notes = {}, []
+    for kind in sorted(set(kinds.values()), key=lambda kind: kind == "dense"):
+        largest = max((packed[key] for key in kinds if kinds[key] == kind), key=lambda layer: math.prod(layer.shape))
+        chosen[kind], note = fastest(DENSE_KERNELS if kind == "dense" else SPARSE_KERNELS, largest)
+        notes.append(f"{list(kinds.values()).count(kind)} {kind} layers by {note}")
+    size = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
+    for layer_name, layer in linears(model):
+        layer.kernel, layer_bytes = chosen[kinds[layer_name]](packed[layer_name])
+        size += layer_bytes
+    return Engine(name, model, "; ".join(notes), size, (directory / "int8.safetensors").stat().st_size)
+
+
+def load_auto(directory, say=print):
+    """The faster of int8 and sparse on one row of 128 tokens (or as many as the model has positions)."""
+    dense = load_integer(directory, "int8", say)
+    try:
+        engines = [dense, load_integer(directory, "sparse", lambda _: None)]
+    except InputError as error:
+        say(f"engine int8: {error}")
+        return dense
+    batch = random_batch(dense.model.config, 1, 128)
+    times = measure(engines, batch, least=5, budget=1.0)
+    best = min(engines, key=lambda engine: times[engine.name])
+    say(f"engine {best.name}: the faster one here on a row of {batch['input_ids'].shape[1]} tokens, "
+        + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in times.items()))
+    return best
+
+
+def random_batch(config, batch_size, length):
+    """A full batch of random tokens."""
+    length = min(length, config.max_position_embeddings)
+    ids = torch.randint(0, config.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def measure(engines, batch, least=7, budget=20.0):
+    """Median seconds of a batch per engine: warmed up twice, then in turn, so that a busy moment hits all alike.
+
+    At least `least` rounds, more (to 50) while `budget` seconds last.
+    """
+    for engine in engines * 2:
+        engine(batch)
+    times, begin = {engine.name: [] for engine in engines}, time.perf_counter()
+    for number in range(50):
+        if number >= least and time.perf_counter() - begin > budget:
+            break
+        for engine in engines:
+            times[engine.name].append(seconds(partial(engine, batch)))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --text
+
+def compression_of(directory):
+    """What config.json records of the training: task, max_len, pattern, ... ; {} for a model from elsewhere."""
+    value = quant.kind_of(directory)[2].get("compression") or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{Path(directory) / 'config.json'} says compression {value!r}; expected an object")
+    return value
+
+
+def encoder_for(directory, kind, max_len, task=None, folder=None):
+    """A TaskData of the model's tokenizer and row length: with `folder` it has the dev set, without it only encodes."""
+    config = network.read_config(directory)[0]
+    name = task or ("squad" if kind == "span" else "sst2")
+    length = max_len or compression_of(directory).get("max_len") or min(384 if kind == "span" else 128,
+                                                                         config.max_position_embeddings)
+    if not isinstance(length, int) or not 8 <= length <= config.max_position_embeddings:
+        raise InputError(f"rows of {length} tokens do not fit {directory}, which takes 8 to "
+                         f"{config.max_position_embeddings}; give another --max-len")
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise InputError(f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the model "
+                         f"{config.vocab_size}; they do not belong together")
+    return TaskData(name, folder or ".", tokenizer, length, splits=("dev",) if folder else ())
+
+
+def label_names(directory, count):
+    """The names of the classes, from config.json's id2label; their numbers if it has none."""
+    names = quant.kind_of(directory)[2].get("id2label")
+    return [str(names.get(str(number), number)) if isinstance(names, dict) else str(number) for number in range(count)]
+
+
+def answer_texts(engine, directory, texts, pairs=(), contexts=(), max_len=None):
+    """[(label, probability)] of texts or pairs of texts; of questions and their contexts [(span, score)], the score
+    being the sum of start and end logit."""
+    kind = engine.model.kind
+    encoder = encoder_for(directory, kind, max_len)
+    if kind == "span":
+        results = []
+        for question, context in zip(texts, contexts):
+            rows = encoder.encode_question(question, context)
+            start, end = engine(encoder.collate(rows))
+            text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
+            results.append((text, score))
+        return results
+    rows = encoder.encode(list(texts), list(pairs) or None)
+    results = []
+    for row in rows:                                        # one by one: no padding
+        probabilities = engine(encoder.collate([row]))[0].softmax(0)
+        names = label_names(directory, len(probabilities))
+        results.append((names[int(probabilities.argmax())], float(probabilities.max())))
+    return results
+
+
+def check_texts(settings, kind, task):
+    """InputError unless --text-pair or --context go with --text as this model wants them."""
+    texts, pairs, contexts = len(settings.text), len(settings.text_pair), len(settings.context)
+    if kind == "span":
+        if pairs or contexts not in (1, texts):
+            raise InputError(f"this model answers questions: --text is the question, --context its passage, once or "
+                             f"once per --text; found {contexts} for {texts}, and {pairs} --text-pair")
+        return
+    if contexts:
+        raise InputError("--context is for a model that answers questions, and this one classifies; use --text-pair")
+    allowed = (0, texts) if task not in TASKS else (texts,) if len(TASKS[task].text_columns) == 2 else (0,)
+    if pairs not in allowed:
+        raise InputError(f"this model{f' ({task})' if task in TASKS else ''} wants {' or '.join(map(str, allowed))} "
+                         f"--text-pair for {texts} --text, the n-th to go with the n-th; found {pairs}")
+
+
+def run_text(settings):
+    kind, *_ = quant.kind_of(settings.model)
+    if kind == "pretraining":
+        raise InputError(f"{settings.model} is a pre-trained model without a task; fine-tune it first: python train.py "
+                         f"--stage finetune --task TASK")
+    check_texts(settings, kind, compression_of(settings.model).get("task"))
+    engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
+    contexts = settings.context * (len(settings.text) if len(settings.context) == 1 else 1)
+    results = answer_texts(engine, settings.model, settings.text, settings.text_pair, contexts, settings.max_len)
+    for text, (answer, value) in zip(settings.text, results):
+        print(f"{answer}\t{value:.4f}\t{text}")
+    return {"engine": engine.name, "answers": [{"text": text, "answer": answer,
+                                                "score" if kind == "span" else "probability": value}
+                                               for text, (answer, value) in zip(settings.text, results)]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --evaluate
+
+def fake_quant_model(directory):
+    """The quantized model as it was trained: float32 arithmetic with fake quantization. A function of a batch."""
+    kind, _, raw = quant.kind_of(directory)
+    record = raw.get("compression") or {}
+    bits, scales = record.get("activation_bits"), record.get("weight_scales")
+    if bits not in range(2, 9) or scales not in ("row", "tensor"):
+        raise InputError(f"--agreement compares with the fake-quantized model, and {Path(directory) / 'config.json'} "
+                         f"has no activation_bits and weight_scales; run python train.py --stage quantize first")
+    model = network.load(directory, kind).eval()
+    quant.prepare(model, bits, scales)
+    return Engine("fake-quant", model, "", 0, 0)
+
+
+def recorded(engine, logits):
+    """The engine as `predict`, which also keeps the logits of every real token or row."""
+    def predict(batch):
+        result = engine(batch)
+        tokens = batch["attention_mask"].bool()
+        logits.extend([part[tokens] for part in result] if isinstance(result, tuple) else [result])
+        return result
+    return predict
+
+
+def agreement(data, engine, reference, limit):
+    """(metrics of engine, figures): the share of equal predictions on every dev set, the largest logit difference."""
+    ours, theirs = [], []
+    metrics, predictions = data.evaluate(recorded(engine, ours), limit=limit)
+    reference_metrics, expected = data.evaluate(recorded(reference, theirs), limit=limit)
+    shares, count = {}, 0
+    for name, found in predictions.items():
+        pairs = [(found[key], expected[name][key]) for key in (found if isinstance(found, dict) else range(len(found)))]
+        shares[name] = sum(a == b for a, b in pairs) / len(pairs)
+        count += len(pairs)
+    ours, theirs = torch.cat([part.flatten() for part in ours]), torch.cat([part.flatten() for part in theirs])
+    return metrics, {"examples": count, "equal_predictions": shares, "fake_quant_metrics": reference_metrics,
+                     "largest_logit_difference": float((ours - theirs).abs().max()),
+                     "mean_logit_difference": float((ours - theirs).abs().mean()),
+                     "logit_standard_deviation": float(theirs.std())}
+
+
+def run_evaluate(settings):
+    kind, *_ = quant.kind_of(settings.model)
+    task = settings.task or compression_of(settings.model).get("task")
+    if task not in TASKS:
+        raise InputError(f"{settings.model} does not say which task it was trained on; give --task, one of "
+                         f"{', '.join(TASKS)}")
+    if TASKS[task].kind != kind:
+        raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {settings.model} is a {kind} model")
+    folder = settings.data or tiny.ensure(HOME / "data" / "tiny")
+    data = encoder_for(settings.model, kind, settings.max_len, task, folder)
+    engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
+    classes = engine.model.classifier.out_features if kind == "classification" else len(data.labels)
+    if classes != len(data.labels):
+        raise InputError(f"--task {task} has {len(data.labels)} labels, and {settings.model} tells {classes} apart")
+    report = {"engine": engine.name, "layout": engine.layout, "task": task}
+    if settings.agreement:
+        report["metrics"], figures = agreement(data, engine, fake_quant_model(settings.model), settings.limit)
+        report["agreement"] = figures
+    else:
+        report["metrics"], _ = data.evaluate(engine, limit=settings.limit)
+    print(f"{task}, engine {engine.name}: "
+          + ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items()))
+    if settings.agreement:
+        shares = ", ".join(f"{share:.2%} of {name}" for name, share in figures["equal_predictions"].items())
+        print(f"same prediction as the fake-quantized model on {shares}; logits differ by at most "
+              f"{figures['largest_logit_difference']:.4f}, {figures['mean_logit_difference']:.5f} on average (their "
+              f"standard deviation is {figures['logit_standard_deviation']:.2f})")
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --benchmark
+
+def write_random(directory, preset, sparsity, pattern):
+    """A classifier of this size with random weights, pruned and quantized, written as train.py would leave it."""
+    import prune
+    torch.manual_seed(0)
+    model = network.build(network.PRESETS[preset], "classification")
+    pattern = prune.parse_pattern(pattern)
+    sparsity = prune.resolve_sparsity(sparsity, pattern)
+    prune.check_pattern(model, pattern)
+    quant.prepare(model, quant.default_activation_bits())
+    for _, layer in linears(model):
+        layer.act_range.copy_(torch.tensor([-4.0, 4.0]))
+        if layer.prunable:
+            layer.mask.copy_(prune.magnitude_mask(layer.weight, sparsity, pattern))
+    network.save(model, directory)
+    quant.write_int8(model, directory)
+    print(f"random weights: {preset}, {network.count_parameters(model):,} parameters, encoder sparsity {sparsity:g}, "
+          f"pattern {pattern}, {quant.default_activation_bits()}-bit activations")
+
+
+def machine():
+    """One line: processor, cores, threads in use, torch."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    exact = "7-bit activations only" if quant.saturates() else "8-bit activations"
+    return f"{name}, {exact} are exact, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def run_benchmark(settings):
+    if settings.random:
+        with tempfile.TemporaryDirectory(prefix="infer_cpu-") as directory:
+            write_random(directory, settings.random, settings.sparsity, settings.pattern)
+            return benchmark(settings, Path(directory))
+    return benchmark(settings, Path(settings.model))
+
+
+def benchmark(settings, directory):
+    """Every engine that can run, on the same random batches; prints a table, returns the figures."""
+    kind, config, _ = quant.kind_of(directory)
+    if kind == "pretraining":
+        raise InputError(f"{directory} is a pre-trained model without a task head; benchmark a fine-tuned one, or "
+                         f"--random")
+    length = settings.max_len or 128
+    if length > config.max_position_embeddings:
+        raise InputError(f"--max-len {length} is longer than the model's {config.max_position_embeddings} positions")
+    engines, unavailable = [], {}
+    for name in ENGINES:
+        try:
+            engines.append(load(directory, name, settings.threads, say=to_stderr))
+        except InputError as error:
+            unavailable[name] = str(error)
+    if not engines:
+        raise InputError("; ".join(unavailable.values()))
+    report = {"machine": machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "max_len": length,
+              "unavailable": unavailable, "rows": []}
+    print(report["machine"])
+    for batch_size in settings.batch_size:
+        times = measure(engines, random_batch(config, batch_size, length))
+        print(f"\n{batch_size} x {length} tokens    ms  sequences/s  x fp32  disk MB  memory MB")
+        for engine in engines:
+            row = {"engine": engine.name, "layout": engine.layout, "batch_size": batch_size,
+                   "ms": 1e3 * times[engine.name], "sequences_per_second": batch_size / times[engine.name],
+                   "times_fp32": times["fp32"] / times[engine.name] if "fp32" in times else None,
+                   "disk_mb": engine.disk_bytes / 1e6, "memory_mb": engine.memory_bytes / 1e6}
+            report["rows"].append(row)
+            ratio = f"{row['times_fp32']:.2f}" if row["times_fp32"] else "-"
+            print(f"{engine.name:<10}{row['ms']:>12.2f}  {row['sequences_per_second']:>11.1f}  {ratio:>6}  "
+                  f"{row['disk_mb']:>7.1f}  {row['memory_mb']:>9.1f}")
+        print("\n".join(verdicts(times)))
+    print()
+    for engine in engines:
+        print(f"{engine.name}: {engine.layout}")
+    for name, reason in unavailable.items():
+        print(f"{name} is not available: {reason}")
+    return report
+
+
+def verdicts(times):
+    """Where an engine gives nothing, in words."""
+    lines = [f"no gain: {name} takes {times[name] / times['fp32']:.2f} times as long as dense fp32"
+             for name in times if "fp32" in times and name != "fp32" and times[name] > 0.95 * times["fp32"]]
+    if {"sparse", "int8"} <= times.keys() and times["sparse"] > 0.95 * times["int8"]:
+        lines.append(f"the zeros save no time here: sparse takes {times['sparse'] / times['int8']:.2f} times as long "
+                     f"as dense int8")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def to_stderr(line):
+    print(line, file=sys.stderr)
+
+
+def count(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def counts(text):
+    """argparse type: '1,16' -> [1, 16]."""
+    return [count(part) for part in text.split(",")]
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description="Run a sparse INT8 model on a CPU.")
+    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a directory that train.py wrote")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--text", action="append", help="a text to classify, or a question; may be given several times")
+    mode.add_argument("--evaluate", action="store_true", help="metrics on the task's dev set")
+    mode.add_argument("--benchmark", action="store_true", help="time every engine")
+    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto")
+    parser.add_argument("--threads", type=count, help="default: torch's own choice")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--max-len", type=count, help="tokens per row; default: as trained, or 128")
+    parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
+    parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
+    parser.add_argument("--task", choices=tuple(TASKS), help="with --evaluate; default: what the model was trained on")
+    parser.add_argument("--data", metavar="DIR", help="with --evaluate: the task folders; default: the tiny world")
+    parser.add_argument("--limit", type=count, help="with --evaluate: only so many examples of a dev set")
+    parser.add_argument("--agreement", action="store_true", help="with --evaluate: compare with the fake-quant model")
+    parser.add_argument("--batch-size", type=counts, default=[1, 16], help="with --benchmark: for example 1,16")
+    parser.add_argument("--random", choices=tuple(network.PRESETS), help="with --benchmark: random weights")
+    parser.add_argument("--sparsity", type=float, help="with --random: share of zeros; default 0.85")
+    parser.add_argument("--pattern", default="unstructured", help="with --random: unstructured, 1x4, RxC or N:M")
+    settings = parser.parse_args(arguments)
+    if (settings.model is None) != bool(settings.random):
+        parser.error("give either MODEL_DIR or --random PRESET")
+    if settings.random and not settings.benchmark:
+        parser.error("--random has random weights: it goes with --benchmark only")
+    return settings
+
+
+def main(arguments=None):
+    settings = parse(arguments)
+    try:
+        if settings.json and (Path(settings.json).is_dir() or not Path(settings.json).resolve().parent.is_dir()):
+            raise InputError(f"--json {settings.json} is a folder, or in a folder that is not there; give a file name")
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        report = (run_text if settings.text else run_evaluate if settings.evaluate else run_benchmark)(settings)
+        if settings.json:
+            network.write_file(settings.json, json.dumps(report, indent=1))
+    except (InputError, DataError) as error:
+        print(f"infer_cpu.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The README is code too: its commands parse, its files exist, its numbers are the measured ones."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import infer_cpu
+import train
+
+ROOT = Path(train.__file__).resolve().parent
+README = (ROOT / "README.md").read_text()
+
+
+def command_lines():
+    """Every line of the README's code blocks that runs one of our programs."""
+    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", README, re.M | re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [part.strip() for line in text.splitlines() for part in line.split("#")[0].split("&&")
+            if part.strip().startswith("python ")]
+
+
+def test_commands_parse():
+    lines = command_lines()
+    assert len(lines) >= 8
+    for line in lines:
+        program, *arguments = shlex.split(line)[1:]
+        if program == "train.py":
+            typed = train.parse_settings(arguments)
+            if typed.get("stage") not in ("all", "evaluate", None):
+                train.resolve({name: value for name, value in typed.items() if name not in ("init", "precision")})
+        elif program == "infer_cpu.py":
+            infer_cpu.parse_arguments(arguments)
+        else:
+            assert program == "-m" or (ROOT / program).is_file(), line
+
+
+def test_named_files_exist():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`([a-z_]+\.(?:py|txt|json))`", README):
+        assert list(ROOT.glob(name)) + list(ROOT.glob(f"*/{name}")) or name in {
+            "config.json", "run.json", "metrics.json", "table.txt"}, name
+
+
+def test_tiny_numbers_are_the_measured_ones():
+    """Each row of the tiny world's table against docs/tiny.json, to the printed digit."""
+    summary = json.loads((ROOT / "docs" / "tiny.json").read_text())["mean_and_deviation"]
+    rows = dict(re.findall(r"^\| <!-- (\w+) -->[^|]*\|(.*)\|$", README, re.M))
+    assert set(rows) == set(summary) - {"int8_fake"}
+    for column, cells in rows.items():
+        printed = [cell.strip() for cell in cells.split("|")]
+        measured = [f"{mean:.1%}".rstrip("%") + f" ± {deviation:.1%}".rstrip("%")
+                    for mean, deviation in summary[column].values()]
+        assert [cell.strip("*") for cell in printed] == measured, column
+
+
+def test_the_tiny_world_tells_the_papers_story():
+    """What the project promises of the embedded default, on the committed measurement."""
+    average = {name: row["average"][0] for name, row in
+               json.loads((ROOT / "docs" / "tiny.json").read_text())["mean_and_deviation"].items()}
+    assert average["dense"] > 0.90
+    assert average["no_pretraining"] <= average["dense"] - 0.05
+    assert average["guessing"] < 0.60
+    assert average["sparse"] >= average["dense"] - 0.02
+    assert average["gradual"] < average["sparse"]
+    assert average["int8"] >= average["sparse"] - 0.01

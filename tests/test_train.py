@@ -1,0 +1,457 @@
+"""The stages as a person runs them, on small files made here: chain, resume, settings, errors, and what is left on disk."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as network
+import prune
+import quant
+import train
+from data import tiny
+
+ROOT = Path(train.__file__).resolve().parent
+SHORT = ["--preset", "tiny", "--batch-size", "8", "--max-len", "48", "--threads", "1", "--log-every", "1"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A slice of the tiny world: 60 documents, 64 training and 32 dev rows of a task."""
+    folder = tmp_path_factory.mktemp("world")
+    whole = tiny.ensure(ROOT / "data" / "tiny")
+    documents = (whole / "corpus.txt").read_text().split("\n\n")[:60]
+    (folder / "corpus.txt").write_text("\n\n".join(documents))
+    for task, files in {"SST-2": {"train.tsv": 64, "dev.tsv": 32}, "QNLI": {"train.tsv": 64, "dev.tsv": 32}}.items():
+        (folder / task).mkdir()
+        for name, rows in files.items():
+            lines = (whole / task / name).read_text().splitlines()[:rows + 1]
+            (folder / task / name).write_text("\n".join(lines) + "\n")
+    (folder / "SQuAD").mkdir()
+    for name in ("train-v1.1.json", "dev-v1.1.json"):
+        content = json.loads((whole / "SQuAD" / name).read_text())
+        content["data"] = content["data"][:1]
+        content["data"][0]["paragraphs"] = content["data"][0]["paragraphs"][:12]
+        (folder / "SQuAD" / name).write_text(json.dumps(content))
+    return folder
+
+
+def commands(world, out, steps=12):
+    """The arguments of each stage of one chain, in order; each needs the ones before it."""
+    common = [*SHORT, "--out", str(out), "--steps", str(steps)]
+    corpus, task = ["--corpus", str(world / "corpus.txt")], ["--data", str(world), "--task", "sst2"]
+    return {
+        "pretrain": ["--stage", "pretrain", *common, *corpus],
+        "prune": ["--stage", "prune", *common, *corpus, "--pattern", "1x4"],
+        "teacher": ["--stage", "finetune", *common, *task, "--sparsity", "0"],
+        "finetune": ["--stage", "finetune", *common, *task, "--pattern", "1x4"],
+        "gradual": ["--stage", "finetune", *common, *task, "--mask", "gradual"],
+        "quantize": ["--stage", "quantize", *common, *task, "--pattern", "1x4"],
+    }
+
+
+DIRECTORIES = {"pretrain": "pretrain", "prune": "prune-1x4-0.85", "teacher": "sst2/teacher",
+               "finetune": "sst2/sparse-1x4-0.85", "gradual": "sst2/gradual-unstructured-0.85",
+               "quantize": "sst2/int8-1x4-0.85"}
+
+
+@pytest.fixture(scope="session")
+def chain(world, tmp_path_factory):
+    """One finished chain."""
+    out = tmp_path_factory.mktemp("chain")
+    for arguments in commands(world, out).values():
+        train.main(arguments)
+    return out
+
+
+def fails(capsys, *arguments):
+    """Run main, demand exit code 2 and one line on stderr without a traceback; return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.strip() and "step/s]" not in line]     # without the bar
+    assert stopped.value.code == 2 and "Traceback" not in printed.err and len(lines) == 1, printed.err
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a stage leaves
+
+def test_every_stage_leaves_a_whole_directory(chain):
+    for stage, name in DIRECTORIES.items():
+        directory = chain / name
+        files = {path.name for path in directory.iterdir()}
+        expected = {"config.json", "model.safetensors", "compression.safetensors", "vocab.txt", "tokenizer.json", "run.json",
+                    "log.csv", "log.txt", "metrics.json"} | ({"int8.safetensors"} if stage == "quantize" else set())
+        assert expected <= files and not [file for file in files if file.endswith((".tmp", ".pt"))]
+        run = json.loads((directory / "run.json").read_text())
+        assert run["settings"]["steps"] == 12 and run["torch"] == torch.__version__
+
+
+def test_sparsity_is_exact_and_locked(chain):
+    """Zeros counted in the stored tensors: exactly floor(0.85 blocks) per layer after pruning, and never fewer later."""
+    weights, _ = network.read_safetensors(chain / "prune-1x4-0.85" / "model.safetensors")
+    pruned = {name: tensor for name, tensor in weights.items()
+              if (".layer." in name or "pooler" in name) and tensor.ndim == 2}
+    assert len(pruned) == 6 * network.PRESETS["tiny"].num_hidden_layers + 1
+    for name, tensor in pruned.items():
+        blocks = tensor.view(tensor.shape[0], -1, 4)
+        assert int((blocks == 0).all(2).sum()) == int(0.85 * blocks.shape[0] * blocks.shape[1])
+        assert bool(((blocks == 0).all(2) | (blocks != 0).all(2)).all())
+    for later in ("sst2/sparse-1x4-0.85", "sst2/int8-1x4-0.85"):
+        after, _ = network.read_safetensors(chain / later / "model.safetensors")
+        moved = 0
+        for name, tensor in pruned.items():
+            assert bool((after[name][tensor == 0] == 0).all()), name
+            moved += int((after[name][tensor != 0] != tensor[tensor != 0]).sum())
+        assert moved > 0                                  # the kept weights did train
+    kept = json.loads((chain / "sst2/int8-1x4-0.85" / "metrics.json").read_text())
+    assert kept["sparsity"] == pytest.approx(prune.measured_sparsity(network.load(chain / "prune-1x4-0.85", "pretraining")))
+
+
+def test_the_log_follows_the_schedule(chain):
+    """log.csv holds one row per step, with the learning rate and the sparsity that the pure functions give."""
+    settings = train.Settings(**json.loads((chain / "prune-1x4-0.85" / "run.json").read_text())["settings"])
+    ramp = train.ramp_of(settings)
+    with open(chain / "prune-1x4-0.85" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    for row in rows:
+        step = int(row["step"]) - 1
+        factor = prune.learning_rate_factor(step, 12, round(settings.warmup * 12), ramp)
+        assert float(row["learning_rate"]) == pytest.approx(settings.lr * factor, rel=1e-5)
+        assert abs(float(row["sparsity"]) - prune.sparsity_at(min(step, ramp.end), ramp)) < 1e-3
+        assert {"loss", "mlm", "kd", "nsp", "kd_nsp", "tokens_per_second"} <= set(row)
+
+
+def test_fine_tune_pruning_reaches_its_target(chain):
+    metrics = json.loads((chain / "sst2/gradual-unstructured-0.85" / "metrics.json").read_text())
+    for weights, zeros in metrics["layers"].values():
+        assert zeros == int(0.85 * weights + 1e-6)
+
+
+def test_directories_open_in_transformers(chain):
+    """Every stage's directory gives the same outputs there, within 1e-5."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    ids = torch.randint(5, 300, (3, 20))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    types = torch.randint(0, 2, ids.shape)
+    for stage, name in DIRECTORIES.items():
+        kind = "pretraining" if stage in ("pretrain", "prune") else "classification"
+        ours = network.load(chain / name, kind).eval()
+        theirs_class = "BertForPreTraining" if kind == "pretraining" else "BertForSequenceClassification"
+        theirs, info = getattr(transformers, theirs_class).from_pretrained(chain / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        with torch.no_grad():
+            expected = theirs.eval()(ids, attention_mask=mask, token_type_ids=types)
+            if kind == "classification":
+                assert torch.allclose(ours(ids, mask, types), expected.logits, atol=1e-5)
+            else:
+                features, sentence = ours(ids, mask, types, mask.bool())
+                weight, bias = ours.vocabulary()
+                assert torch.allclose(features @ weight.T + bias, expected.prediction_logits[mask.bool()], atol=1e-5)
+                assert torch.allclose(sentence, expected.seq_relationship_logits, atol=1e-5)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(chain / name)
+        assert tokenizer("Anna bought a red hat.")["input_ids"] == \
+            train.text.load_tokenizer(chain / name).encode("Anna bought a red hat.").ids
+
+
+def test_evaluate_reads_what_the_stage_wrote(chain, world, capsys):
+    """--stage evaluate on a directory prints the metrics that its stage stored: rounding, masks and head come back."""
+    for name in ("sst2/sparse-1x4-0.85", "sst2/int8-1x4-0.85"):
+        train.main(["--stage", "evaluate", "--init", str(chain / name), "--task", "sst2", "--data", str(world)])
+        stored = json.loads((chain / name / "metrics.json").read_text())["metrics"]
+        assert f"accuracy {stored['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_squad_and_pairs_run_through_the_chain(world, chain, tmp_path):
+    """A span task and a pair task, starting from the same sparse model; the sparse span model has no pooler."""
+    for task in ("squad", "qnli"):
+        common = [*SHORT, "--out", str(tmp_path), "--steps", "3", "--data", str(world), "--task", task, "--max-len", "64"]
+        train.main(["--stage", "finetune", "--sparsity", "0", "--init", str(chain / "pretrain"), *common])
+        train.main(["--stage", "finetune", "--pattern", "1x4", "--init", str(chain / "prune-1x4-0.85"), *common])
+        train.main(["--stage", "quantize", "--pattern", "1x4", *common])
+        metrics = json.loads((tmp_path / task / "int8-1x4-0.85" / "metrics.json").read_text())
+        assert metrics["sparsity"] == pytest.approx(0.85, abs=0.001)
+        assert set(metrics["metrics"]) == ({"exact_match", "f1"} if task == "squad" else {"accuracy"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+@pytest.mark.parametrize("stage", DIRECTORIES)
+def test_interrupted_and_resumed_equals_uninterrupted(stage, world, chain, tmp_path, monkeypatch):
+    """A crash in step 8, after a checkpoint at step 5, then --resume: the same bytes on disk as without the crash."""
+    for parent in ("pretrain", "prune-1x4-0.85", "sst2"):
+        shutil.copytree(chain / parent, tmp_path / parent)
+    shutil.rmtree(tmp_path / DIRECTORIES[stage])
+    arguments = [*commands(world, tmp_path)[stage], "--save-every", "5"]
+    calls, counts = [], train.distill.counts
+
+    def crash(batches):
+        calls.append(1)
+        if len(calls) == 8:
+            raise RuntimeError("power cut")
+        return counts(batches)
+
+    monkeypatch.setattr(train.distill, "counts", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.main(arguments)
+    monkeypatch.undo()
+    directory = tmp_path / DIRECTORIES[stage]
+    assert (directory / "train.pt").is_file() and not (directory / "model.safetensors").exists()
+    train.main([*arguments, "--resume"])
+    names = ["model.safetensors", "compression.safetensors"] + (["int8.safetensors"] if stage == "quantize" else [])
+    for name in names:
+        assert (directory / name).read_bytes() == (chain / DIRECTORIES[stage] / name).read_bytes(), name
+    with open(directory / "log.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(1, 13)]
+
+
+def test_interrupt_finishes_the_step_and_says_how_to_go_on(world, chain, tmp_path):
+    arguments = commands(world, tmp_path, steps=400)["pretrain"]
+    process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "pretrain" / "log.csv"
+    deadline = time.monotonic() + 60
+    while (not log.is_file() or log.read_text().count("\n") < 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in printed.strip().splitlines()[-1]
+    assert (tmp_path / "pretrain" / "train.pt").is_file()
+
+
+def test_resume_refuses_other_settings_and_damaged_checkpoints(world, chain, tmp_path, monkeypatch, capsys):
+    arguments = [*commands(world, tmp_path)["pretrain"], "--save-every", "2"]
+    monkeypatch.setattr(train.prune, "learning_rate_factor", lambda step, *rest: 1 / (7 - step))
+    with pytest.raises(ZeroDivisionError):
+        train.main(arguments)
+    monkeypatch.undo()
+    message = fails(capsys, *arguments, "--resume", "--lr", "0.5")
+    assert "--lr" in message and "0.5" in message
+    checkpoint = tmp_path / "pretrain" / "train.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "train.pt" in fails(capsys, *arguments, "--resume")
+
+
+def test_finished_runs_are_not_overwritten(world, chain, capsys):
+    before = (chain / "pretrain" / "model.safetensors").read_bytes()
+    assert "--resume" in fails(capsys, *commands(world, chain)["pretrain"])
+    train.main([*commands(world, chain)["pretrain"], "--resume"])
+    assert "already finished" in capsys.readouterr().out
+    assert (chain / "pretrain" / "model.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def test_accumulation_trains_the_same_model(world, chain, tmp_path):
+    """8 rows at once and 4 micro-batches of 2 end within float rounding of each other (dropout off)."""
+    ends = []
+    for micro in (8, 2):
+        out = tmp_path / str(micro)
+        train.main([*commands(world, out, steps=4)["prune"], "--init", str(chain / "pretrain"), "--teacher",
+                    str(chain / "pretrain"), "--dropout", "0", "--micro-batch", str(micro), "--update-every", "0.25"])
+        ends.append(network.read_safetensors(out / "prune-1x4-0.85" / "model.safetensors")[0])
+    for name in ends[0]:
+        assert torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
+
+
+def test_dropout_setting_reaches_every_module():
+    model = network.build(network.PRESETS["tiny"], "classification")
+    network.set_dropout(model, 0.37)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.37}
+    assert {layer.attention_dropout for layer in model.encoder.layers} == {0.37}
+
+
+def test_optimizer_decays_matrices_only():
+    model = network.build(network.PRESETS["tiny"], "pretraining")
+    optimizer = train.make_optimizer(train.Settings(weight_decay=0.25), model)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.25 for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (not name.endswith("bias") and "norm" not in name), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, chain, tmp_path, monkeypatch, capsys):
+    loss = train.distill.loss
+    monkeypatch.setattr(train.distill, "loss", lambda *a, **k: (loss(*a, **k)[0] * float("nan"), {}))
+    message = fails(capsys, *commands(world, tmp_path)["pretrain"])
+    assert "nan" in message and "--lr" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+def test_precedence_default_recipe_command_line():
+    recipe = train.RECIPES["tiny"]["pretrain"]
+    resolved = train.resolve({"stage": "pretrain"})
+    assert resolved.lr == recipe["lr"] != train.Settings.lr                       # recipe over default
+    assert resolved.weight_decay == train.Settings.weight_decay                   # default where the recipe is silent
+    assert train.resolve({"stage": "pretrain", "lr": 0.5}).lr == 0.5              # command line over both
+    assert train.resolve({"stage": "pretrain", "epochs": 2.0}).steps is None      # --epochs replaces the recipe's steps
+
+
+def test_every_recipe_resolves():
+    for preset, recipe in train.RECIPES.items():
+        for stage in ("pretrain", "prune"):
+            assert train.resolve({"preset": preset, "stage": stage}).steps > 0
+        for task in train.tasks.TASKS:
+            dense = train.resolve({"preset": preset, "stage": "finetune", "task": task, "sparsity": 0.0})
+            sparse = train.resolve({"preset": preset, "stage": "finetune", "task": task})
+            assert dense.mask == "dense" and sparse.mask == "locked"
+        assert {key.split()[0] for key in recipe} == {"pretrain", "prune", "dense", "finetune", "quantize"}
+
+
+def test_ramp_scales_with_the_steps():
+    """The reference's 50k / 80k / 1k of 100k steps; and at any length the target is reached by an update."""
+    assert train.ramp_of(train.resolve({"stage": "prune", "preset": "bert-base", "sparsity": 0.9})) == \
+        prune.Ramp(0.9, 0, 50_000, 80_000, 1_000)
+    for steps in (12, 77, 300, 1001):
+        ramp = train.ramp_of(train.resolve({"stage": "prune", "steps": steps}))
+        assert any(prune.updates_at(t, ramp) and prune.sparsity_at(t, ramp) == 0.85 for t in range(steps))
+
+
+def test_quantize_never_runs_in_bf16():
+    assert train.resolve({"stage": "quantize", "task": "sst2", "precision": "bf16"}).precision == "fp32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--sparsty", "0.8"], ["--sparsty", "--sparsity"]),
+    (["--stage", "pretrane"], ["pretrane", "quantize"]),
+    (["--preset", "bert-huge"], ["bert-huge", "bert-large"]),
+    (["--stage", "finetune", "--task", "cola"], ["cola", "squad"]),
+    (["--stage", "prune", "--pattern", "1by4"], ["1by4", "1x4"]),
+    (["--stage", "prune", "--pattern", "0x4"], ["0x4"]),
+    (["--stage", "prune", "--pattern", "2:4", "--sparsity", "0.85"], ["2:4", "0.5"]),
+    (["--stage", "prune", "--sparsity", "1"], ["--sparsity", "1"]),
+    (["--stage", "prune", "--sparsity", "-0.1"], ["--sparsity", "-0.1"]),
+    (["--stage", "prune", "--sparsity", "nan"], ["--sparsity", "nan"]),
+    (["--stage", "pretrain", "--lr", "fast"], ["--lr", "fast"]),
+    (["--stage", "pretrain", "--lr", "0"], ["--lr", "above 0"]),
+    (["--stage", "pretrain", "--steps", "0"], ["--steps", "above 0"]),
+    (["--stage", "pretrain", "--batch-size", "10", "--micro-batch", "3"], ["--micro-batch", "divisor"]),
+    (["--stage", "pretrain", "--steps", "5", "--epochs", "1"], ["--steps", "--epochs"]),
+    (["--stage", "pretrain", "--kd-weight", "1.5"], ["--kd-weight", "0 to 1"]),
+    (["--stage", "pretrain", "--max-len", "4096"], ["--max-len", "128"]),
+    (["--stage", "finetune"], ["--task"]),
+    (["--stage", "evaluate"], ["--init"]),
+    (["--stage", "pretrain", "--init", "/no/such/model"], ["/no/such/model"]),
+    (["--stage", "pretrain", "--corpus", "/no/such/corpus"], ["/no/such/corpus"]),
+    (["--stage", "prune", "--init", "random"], ["random"]),
+    (["--stage", "prune", "--mask", "dense"], ["--mask", "dense"]),
+])
+def test_bad_settings(arguments, named, capsys, tmp_path):
+    out = tmp_path / "out"
+    message = fails(capsys, *arguments, "--out", out)
+    for word in named:
+        assert word in message, message
+    assert not out.exists()                              # nothing half-written
+
+
+def test_missing_parent_names_its_command(capsys, tmp_path):
+    out = tmp_path / "out"
+    assert "--stage pretrain" in fails(capsys, "--stage", "prune", "--out", out)
+    assert "--stage prune --pattern 1x4 --sparsity 0.8" in fails(
+        capsys, "--stage", "finetune", "--task", "sst2", "--pattern", "1x4", "--sparsity", "0.8", "--out", out)
+    assert "--stage finetune --task qqp" in fails(capsys, "--stage", "quantize", "--task", "qqp", "--out", out)
+    assert not out.exists()
+
+
+def test_missing_task_teacher_names_its_command(chain, world, capsys, tmp_path):
+    message = fails(capsys, "--stage", "finetune", "--task", "qnli", "--init", chain / "prune-1x4-0.85", "--data", world,
+                    "--out", tmp_path / "out", "--pattern", "1x4")
+    assert "--task qnli --sparsity 0" in message
+
+
+def test_damaged_model_directories(chain, world, tmp_path, capsys):
+    """Each damage to the parent's files gives a sentence that names the file, and leaves no output."""
+    def damage(name, change):
+        parent, out = tmp_path / "parent", tmp_path / "out"
+        shutil.rmtree(parent, ignore_errors=True)
+        shutil.copytree(chain / "prune-1x4-0.85", parent)
+        change(parent / name)
+        message = fails(capsys, *SHORT, "--stage", "finetune", "--task", "sst2", "--data", world, "--init", parent, "--teacher",
+                        "none", "--pattern", "1x4", "--steps", "2", "--out", out)
+        assert name.split(".")[0] in message and not out.exists(), message
+        return message
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-10])
+
+    def garble(path):
+        path.write_bytes(path.read_bytes()[:8] + b"\xff\xfe" + path.read_bytes()[10:])
+
+    for name in ("model.safetensors", "compression.safetensors"):
+        damage(name, cut)
+        damage(name, garble)
+    damage("config.json", garble)
+    damage("config.json", lambda path: path.write_text("[]"))
+    damage("config.json", Path.unlink)
+    damage("model.safetensors", Path.unlink)
+
+    def no_vocabulary(path):
+        path.unlink()
+        (path.parent / "tokenizer.json").unlink()
+    damage("vocab.txt", no_vocabulary)
+
+
+@pytest.mark.parametrize("content, named", [
+    (b"sentence\tlabel\ngood film\t1\nbad film\n", ":3"),
+    (b"sentence\tlabel\ngood film\t1\nbad film\tawful\n", "awful"),
+    (b"", "train.tsv"),
+    (b"sentence\tlabel\n", "train.tsv"),
+    (b"sentence\tlabel\ngood \xff\xfe film\t1\n", "UTF-8"),
+    (b"text\tlabel\ngood film\t1\n", "sentence"),
+])
+def test_bad_task_files(content, named, chain, capsys, tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_bytes(content)
+    (tmp_path / "SST-2" / "dev.tsv").write_bytes(b"sentence\tlabel\ngood film\t1\n")
+    message = fails(capsys, *SHORT, "--stage", "finetune", "--sparsity", "0", "--task", "sst2", "--data", tmp_path, "--init",
+                    chain / "pretrain", "--steps", "2", "--out", tmp_path / "out")
+    assert named in message and "train.tsv" in message and not (tmp_path / "out").exists()
+
+
+def test_missing_task_folder(chain, capsys, tmp_path):
+    message = fails(capsys, *SHORT, "--stage", "finetune", "--sparsity", "0", "--task", "sst2", "--data", tmp_path / "none",
+                    "--init", chain / "pretrain", "--out", tmp_path / "out")
+    assert str(tmp_path / "none") in message
+
+
+def test_block_that_does_not_divide_a_layer(chain, world, capsys, tmp_path):
+    message = fails(capsys, *SHORT, "--stage", "prune", "--pattern", "3x5", "--init", chain / "pretrain", "--teacher", "none",
+                    "--corpus", world / "corpus.txt", "--steps", "2", "--out", tmp_path / "out")
+    assert "3x5" in message and "query" in message and not (tmp_path / "out").exists()
+
+
+def test_locking_a_dense_model_is_refused(chain, world, capsys, tmp_path):
+    message = fails(capsys, *SHORT, "--stage", "finetune", "--task", "sst2", "--data", world, "--init", chain / "pretrain",
+                    "--teacher", "none", "--steps", "2", "--out", tmp_path / "out")
+    assert "none" in message and not (tmp_path / "out").exists()
+
+
+def test_the_program_itself_exits_with_2():
+    done = subprocess.run([sys.executable, "train.py", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: ") and "Traceback" not in done.stderr
+
+
+def test_help_lists_every_setting():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for field in train.fields(train.Settings):
+        assert "--" + field.name.replace("_", "-") in done.stdout
