@@ -1,11 +1,12 @@
 """The loss: what the labels say and what the teacher says.
 
-    L = (1 - kd_weight) * L_hard + kd_weight * L_kd        L_kd = T^2 KL(softmax(z_teacher / T) || softmax(z_student / T))
+    L = (1 - kd_weight) * L_hard + kd_weight * L_kd
+    L_kd = T^2 KL(softmax(z_teacher / T) || softmax(z_student / T))
 
 (arXiv 2111.05754, section 3.2, with both weights 0.5 in pre-training; distillation as in arXiv 1503.02531.)
 
-Every term is a sum divided by a count over the whole batch of the optimizer step, not by the micro-batch's own count, so
-that 1 x 16 rows and 4 x 4 rows have the same gradient. The counts come from `counts`.
+Every term is a sum divided by a count over the whole batch of the optimizer step, not by the micro-batch's own count,
+so that 1 x 16 rows and 4 x 4 rows have the same gradient. The counts come from `counts`.
 """
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,8 @@ def soft_loss(student_logits, teacher_logits, temperature):
 
 def span_loss(logits, teacher_logits, batch, temperature):
     """Start and end, half each: cross-entropy and, with a teacher, KL over the real positions. Padding gets no
-    probability. logits, teacher_logits: pairs of (B, T). Returns two sums over rows, the second None without a teacher."""
+    probability. logits, teacher_logits: pairs of (B, T). Returns two sums over rows, the second None without a
+    teacher."""
     padding = batch["attention_mask"] == 0
     hard, kd = 0.0, 0.0
     for i, name in enumerate(("start_positions", "end_positions")):
@@ -134,8 +136,9 @@ def vocabulary_loss(student, teacher, features, teacher_features, labels, hard_s
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sum of a loss over chunks of rows. Each chunk's gradient is taken at once, so that its logits can be freed: memory
-    is one chunk's, and nothing is computed twice. `chunk_loss(rows, features, weight, bias)` returns a scalar."""
+    """Sum of a loss over chunks of rows. Each chunk's gradient is taken at once, so that its logits can be freed:
+    memory is one chunk's, and nothing is computed twice. `chunk_loss(rows, features, weight, bias)` returns a
+    scalar."""
 
     @staticmethod
     def forward(ctx, features, weight, bias, chunk_loss, size, wants_grad):

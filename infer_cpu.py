@@ -586,8 +586,17 @@ def counts(text):
     return [count(part) for part in text.split(",")]
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose error is one sentence."""
+
+    def error(self, message):
+        print(f"infer_cpu.py: {message}; python infer_cpu.py --help lists all flags", file=sys.stderr)
+        sys.exit(2)
+
+
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description="Run a sparse INT8 model on a CPU.")
+    """Command line -> settings. Exits with code 2 on an unknown flag or value."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a directory that train.py wrote")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--text", action="append", help="a text to classify, or a question; may be given several times")

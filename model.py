@@ -102,7 +102,8 @@ class Layer(nn.Module):
         self.attention_dropout = config.attention_dropout_prob
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         # DistilBERT has no dropout between attention and its residual sum.
-        self.attention_output_dropout = nn.Dropout(config.hidden_dropout_prob if config.model_type == "bert" else 0.0)
+        self.attention_output_dropout = (nn.Dropout(config.hidden_dropout_prob) if config.model_type == "bert" else
+                                         nn.Identity())
 
     def forward(self, x, mask):
         B, T, H = x.shape
@@ -136,8 +137,9 @@ class Encoder(nn.Module):
         """input_ids, attention_mask, token_type_ids: int64 (B, T). Returns hidden states (B, T, H)."""
         length = input_ids.shape[1]
         if length > self.config.max_position_embeddings:
-            raise InputError(f"a row of {length} tokens is longer than the model's {self.config.max_position_embeddings} "
-                             f"positions; give --max-len {self.config.max_position_embeddings} or less")
+            raise InputError(f"a row of {length} tokens is longer than the model's "
+                             f"{self.config.max_position_embeddings} positions; give --max-len "
+                             f"{self.config.max_position_embeddings} or less")
         x = self.word(input_ids) + self.position.weight[:length]
         if self.token_type is not None:
             x = x + self.token_type(token_type_ids)
@@ -213,7 +215,7 @@ class SpanModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, pooler=False)
-        self.dropout = nn.Dropout(0.1 if config.model_type == "distilbert" else 0.0)     # as the published models have it
+        self.dropout = nn.Dropout(0.1) if config.model_type == "distilbert" else nn.Identity()      # as published
         self.span = Linear(config.hidden_size, 2, prunable=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
@@ -340,7 +342,8 @@ def write_safetensors(path, tensors, metadata=None):
     header, chunks, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, [], 0
     # Widest elements first, so that every tensor starts at a multiple of its element's size.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        data = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else
+                b"")
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [offset, offset + len(data)]}
         offset += len(data)
@@ -387,7 +390,8 @@ def read_safetensors(path):
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
         if begin == end or begin % dtype.itemsize == 0:
-            raw = torch.frombuffer(data, dtype=torch.uint8)[begin:end] if end > begin else torch.empty(0, dtype=torch.uint8)
+            raw = (torch.frombuffer(data, dtype=torch.uint8)[begin:end] if end > begin else
+                   torch.empty(0, dtype=torch.uint8))
         else:
             raw = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.uint8)
         if dtype == torch.bool and bool((raw > 1).any()):
@@ -416,7 +420,8 @@ def read_config(directory):
     """config.json -> (ModelConfig, the whole JSON object)."""
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
-        raise InputError(f"{directory} is not a folder; expected a model directory with config.json and model.safetensors")
+        raise InputError(f"{directory} is not a folder; expected a model directory with config.json and "
+                         f"model.safetensors")
     raw = read_json(path)
     if raw.get("model_type") not in list(NAMES):        # a list, because what stands there need not be hashable
         raise InputError(f"{path} says model_type {raw.get('model_type')!r}; expected one of {', '.join(NAMES)}")
@@ -442,11 +447,12 @@ def read_config(directory):
     if raw["model_type"] == "bert" and raw.get("classifier_dropout") is None:
         config = replace(config, classifier_dropout=config.hidden_dropout_prob)
     if activation != "gelu" or raw.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"{path} asks for activation {activation!r} and {raw.get('position_embedding_type', 'absolute')} "
-                         f"positions; this network has 'gelu' and 'absolute'")
+        raise InputError(f"{path} asks for activation {activation!r} and "
+                         f"{raw.get('position_embedding_type', 'absolute')} positions; this network has 'gelu' and "
+                         f"'absolute'")
     if not config.num_attention_heads or config.hidden_size % config.num_attention_heads or not config.vocab_size:
-        raise InputError(f"{path}: hidden_size {config.hidden_size} must be a multiple of {config.num_attention_heads} heads, "
-                         f"and vocab_size {config.vocab_size} positive")
+        raise InputError(f"{path}: hidden_size {config.hidden_size} must be a multiple of "
+                         f"{config.num_attention_heads} heads, and vocab_size {config.vocab_size} positive")
     return config, raw
 
 
@@ -478,7 +484,8 @@ def config_json(config, kind, labels=None, compression=None):
 def save(model, directory, labels=None, compression=None):
     """Write config.json, model.safetensors (zeros burned in) and compression.safetensors (masks, activation ranges).
 
-    The masks are stored as bits, eight to a byte, row after row: the name of the weight with `mask_bits` in place of `weight`.
+    The masks are stored as bits, eight to a byte, row after row: the name of the weight with `mask_bits` in place of
+    `weight`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -495,7 +502,8 @@ def save(model, directory, labels=None, compression=None):
             extra[stem + "act_range"] = masked[name].act_range
     write_safetensors(directory / "model.safetensors", weights)
     write_safetensors(directory / "compression.safetensors", extra)
-    write_file(directory / "config.json", json.dumps(config_json(model.config, model.kind, labels, compression), indent=1))
+    write_file(directory / "config.json",
+               json.dumps(config_json(model.config, model.kind, labels, compression), indent=1))
 
 
 def pack_bits(mask):
@@ -526,7 +534,7 @@ def read_weights(directory):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
                 raise TypeError("not every entry is a tensor with a name")
-        except Exception as error:          # torch raises many kinds here, all of them: this file is no plain checkpoint
+        except Exception as error:          # torch raises many kinds here, and all mean: no plain checkpoint
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path} cannot be read as a dictionary of tensors: {reason}") from None
     prefix = raw["model_type"] + "."
@@ -580,7 +588,8 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
         raise InputError(f"{path} lacks {len(fatal)} of the model's {len(wanted)} tensors: {names_in_short(fatal)}")
     strange = [name for name in unexpected if not name.startswith(heads)]
     if strange:
-        raise InputError(f"{path} holds {len(strange)} tensors that this model has no place for: {names_in_short(strange)}")
+        raise InputError(f"{path} holds {len(strange)} tensors that this model has no place for: "
+                         f"{names_in_short(strange)}")
     for name in (name for name in wanted if name in found):
         if found[name].shape != wanted[name].shape:
             raise InputError(f"{path}: '{name}' has shape {list(found[name].shape)}; the configuration asks for "

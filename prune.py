@@ -1,7 +1,8 @@
 """Which weights live: magnitude masks, the gradual ramp, learning-rate rewinding, and the pattern lock.
 
 Everything about time is a pure function of the optimizer step, so that a resumed run needs nothing but its step number.
-Sources: arXiv 2111.05754 (Prune Once for All), arXiv 1710.01878 (cubic ramp), arXiv 2003.02389 (learning-rate rewinding).
+Sources: arXiv 2111.05754 (Prune Once for All), arXiv 1710.01878 (cubic ramp), arXiv 2003.02389 (learning-rate
+rewinding).
 """
 import math
 import re
@@ -17,7 +18,8 @@ from model import InputError, linears
 
 @dataclass(frozen=True)
 class Pattern:
-    """What is kept or pruned together. A weight matrix is (out, in), so `1x4` is four consecutive inputs of one output row.
+    """What is kept or pruned together. A weight matrix is (out, in), so `1x4` is four consecutive inputs of one output
+    row.
 
     rows, columns   block size; 1 x 1 = unstructured
     keep, group     N:M patterns: `keep` of every `group` consecutive inputs live; otherwise 0, 0
@@ -42,8 +44,8 @@ def parse_pattern(text):
         return Pattern(int(block[1]), int(block[2]))
     if n_of_m and 0 < int(n_of_m[1]) <= int(n_of_m[2]):
         return Pattern(keep=int(n_of_m[1]), group=int(n_of_m[2]))
-    raise InputError(f"--pattern {text!r} is not a pattern; give 'unstructured', a block like '1x4' (outputs x inputs), "
-                     f"or N:M like '2:4' (2 of every 4 inputs kept)")
+    raise InputError(f"--pattern {text!r} is not a pattern; give 'unstructured', a block like '1x4' (outputs x "
+                     f"inputs), or N:M like '2:4' (2 of every 4 inputs kept)")
 
 
 def resolve_sparsity(sparsity, pattern):
@@ -66,8 +68,8 @@ def check_pattern(model, pattern):
     for name, layer in prunable(model):
         out_features, in_features = layer.weight.shape
         if out_features % rows or in_features % columns:
-            raise InputError(f"--pattern {pattern} does not divide layer '{name}', which has {out_features} outputs and "
-                             f"{in_features} inputs; choose a pattern that does")
+            raise InputError(f"--pattern {pattern} does not divide layer '{name}', which has {out_features} outputs "
+                             f"and {in_features} inputs; choose a pattern that does")
 
 
 def prunable(model):
@@ -93,7 +95,8 @@ def magnitude_mask(weight, sparsity, pattern=Pattern()):
         return mask.view(out_features, in_features)
     rows, columns = pattern.rows, pattern.columns
     blocks = score.view(out_features // rows, rows, in_features // columns, columns).mean((1, 3))
-    mask = keep_largest(blocks.flatten(), math.floor(sparsity * blocks.numel() + 1e-6)).view_as(blocks)   # 1e-6: 0.29 * 100
+    mask = keep_largest(blocks.flatten(),
+                        math.floor(sparsity * blocks.numel() + 1e-6)).view_as(blocks)      # 1e-6: 0.29 * 100
     return mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
@@ -115,7 +118,8 @@ def keep_largest(score, count):
 
 @dataclass(frozen=True)
 class Ramp:
-    """When and how far to prune, in optimizer steps. The reference run of 100,000 steps has 0.9, 0, 50000, 80000, 1000."""
+    """When and how far to prune, in optimizer steps. The reference run of 100,000 steps has 0.9, 0, 50000, 80000,
+    1000."""
     target: float         # final share of zeros
     begin: int            # the cubic ramp starts ...
     end: int              # ... and reaches the target
@@ -124,7 +128,8 @@ class Ramp:
 
 
 def sparsity_at(step, ramp):
-    """s(t) = s_f - s_f (1 - (t - t_s) / (t_e - t_s))^3, 0 before t_s and s_f after t_e (arXiv 1710.01878, equation 1)."""
+    """s(t) = s_f - s_f (1 - (t - t_s) / (t_e - t_s))^3, 0 before t_s and s_f after t_e (arXiv 1710.01878,
+    equation 1)."""
     progress = (step - ramp.begin) / max(1, ramp.end - ramp.begin)
     return ramp.target - ramp.target * (1 - min(1.0, max(0.0, progress))) ** 3
 
@@ -192,8 +197,10 @@ def burn_in(model):
 # Counting what is there
 
 def report(model):
-    """[(layer name, weights, zeros)] of the prunable layers, recounted from the tensors as the forward pass uses them."""
-    return [(name, layer.weight.numel(), int((layer.weight * layer.mask == 0).sum())) for name, layer in prunable(model)]
+    """[(layer name, weights, zeros)] of the prunable layers, recounted from the tensors as the forward pass uses
+    them."""
+    return [(name, layer.weight.numel(), int((layer.weight * layer.mask == 0).sum()))
+            for name, layer in prunable(model)]
 
 
 def measured_sparsity(model):

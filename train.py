@@ -4,7 +4,8 @@
     python train.py --stage pretrain                             teacher preparation: MLM + next sentence
     python train.py --stage prune --pattern 1x4 --sparsity 0.8   prune a copy of it while distilling from it
     python train.py --stage finetune --task sst2 --sparsity 0    a dense task teacher
-    python train.py --stage finetune --task sst2                 the sparse model, its zeros locked, distilling from the teacher
+    python train.py --stage finetune --task sst2                 the sparse model, its zeros locked, distilling from the
+                                                                 teacher
     python train.py --stage quantize --task sst2                 quantization-aware training, then real INT8
     python train.py --stage evaluate --task sst2 --init DIR      the task's metrics of a finished directory
 """
@@ -56,19 +57,20 @@ class Settings:
     corpus: str = "tiny"              # text for pretrain and prune: 'tiny', a .txt file, or a folder of them
     task: str = ""                    # one task; default for --stage all: all five
     data: str = ""                    # folder that holds SST-2 MNLI QQP QNLI SQuAD; default: the bundled tiny world
-    sparsity: float | None = None     # share of zeros in each pruned layer; 0 with finetune: the dense model; default 0.85
+    sparsity: float | None = None     # share of zeros in a pruned layer; 0 with finetune: the dense model; default 0.85
     pattern: str = "unstructured"     # unstructured, RxC blocks (1x4: four inputs of one output), or N:M
-    mask: str = ""                    # dense, locked, or gradual (pruning during the task); default: what the stage does
+    mask: str = ""                    # dense, locked, or gradual (pruning during the task); default: the stage's own
     steps: int | None = None          # optimizer steps
     epochs: float | None = None       # passes over the training rows, in place of --steps
     batch_size: int = 32              # rows per optimizer step
     micro_batch: int | None = None    # rows per forward pass; default: the whole batch
     max_len: int = 128                # tokens per row, at most
     lr: float = 1e-4                  # peak learning rate
+    beta2: float = 0.999              # AdamW's memory of squared gradients
     warmup: float = 0.01              # share of the steps with rising learning rate
     weight_decay: float = 0.01        # AdamW's decay of matrices; biases and LayerNorm have none
     clip: float = 1.0                 # largest gradient norm
-    dropout: float | None = None      # of attention, residual sums and heads; default: what the model's configuration says
+    dropout: float | None = None      # of attention, residual sums and heads; default: what the configuration says
     temperature: float = 2.0          # of the distillation's softmax
     kd_weight: float = 0.5            # share of the loss that comes from the teacher, 0 to 1
     kd_positions: str = "all"         # where pre-training distils: all (not padding) or masked (cheaper)
@@ -76,7 +78,7 @@ class Settings:
     update_end: float = 0.8           # share of the steps after which masks are frozen
     update_every: float = 0.01        # share of the steps between two mask updates and learning-rate rewinds
     activation_bits: int | None = None  # 7 or 8; default: 7 where this CPU's INT8 product would saturate, else 8
-    weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (as the paper's reference)
+    weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
     precision: str = "fp32"           # fp32, or bf16 (autocast, on a device that multiplies bf16; never while rounding)
     seed: int = 0                     # of weights, batches, dropout and masking
     threads: int | None = None        # CPU threads; default: as many as there are cores
@@ -91,12 +93,13 @@ CHOICES = {
     "weight_scales": ("row", "tensor"), "precision": ("fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
     "activation_bits": (7, 8),
 }
-NOT_PART_OF_THE_RUN = ("resume", "threads", "save_every", "log_every", "out")      # may differ between a run and its resume
+NOT_PART_OF_THE_RUN = ("resume", "threads", "save_every", "log_every", "out")      # may differ when a run is resumed
 
 # What differs from the field defaults, per preset and kind of training. 'dense' is the fine-tuning of a task teacher;
-# 'dense squad' and the like are laid over it. Published values: arXiv 2111.05754 and its reference code (100,000 steps of
-# 256 x 512, warm-up 1 %, temperature 2, both loss weights 0.5); its pre-training learning rate is not published. Transfer:
-# Intel's reproduction (batch 32, 9 epochs at 1e-4, teacher only; SQuAD batch 12, 8 epochs at 1.5e-4; QAT at 1e-5).
+# 'dense squad' and the like are laid over it. Published values: arXiv 2111.05754 and its reference code (100,000 steps
+# of 256 x 512, warm-up 1 %, temperature 2, both loss weights 0.5); its pre-training learning rate is not published.
+# Transfer: Intel's reproduction (batch 32, 9 epochs at 1e-4, teacher only; SQuAD batch 12, 8 epochs at 1.5e-4; QAT at
+# 1e-5).
 PAPER = {
     "pretrain": dict(steps=100_000, batch_size=256, max_len=512, lr=1e-4),
     "prune": dict(steps=100_000, batch_size=256, max_len=512, lr=1e-4),
@@ -109,11 +112,11 @@ PAPER = {
 }
 RECIPES = {
     "tiny": {
-        "pretrain": dict(dropout=0.0, steps=1200, batch_size=64, max_len=64, lr=1e-3, warmup=0.05),
-        "prune": dict(dropout=0.0, steps=1200, batch_size=64, max_len=64, lr=1e-3, warmup=0.05),
-        "dense": dict(epochs=5, max_len=64, lr=4e-4, warmup=0.1),
-        "finetune": dict(epochs=5, max_len=64, lr=5e-4, warmup=0.05, kd_weight=0.8),
-        "quantize": dict(epochs=1, max_len=64, lr=1e-4, warmup=0.05, kd_weight=0.8),
+        "pretrain": dict(steps=1600, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "prune": dict(steps=1200, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "dense": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0),
+        "finetune": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
     },
     "minilm-l6": {
         "pretrain": dict(dropout=0.0, steps=1000, batch_size=32, max_len=128, lr=2e-4),
@@ -143,7 +146,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_settings(arguments):
-    """Command line -> (Settings with defaults, dict of what was typed). Exits with code 2 on an unknown flag or value."""
+    """Command line -> (Settings with defaults, dict of what was typed). Exits with code 2 on an unknown flag or
+    value."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.M))
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in fields(Settings):
@@ -151,7 +155,8 @@ def parse_settings(arguments):
         if field.type is bool:
             parser.add_argument(flag, action="store_true", default=None, help=comments[field.name])
             continue
-        kind = next(kind for kind in (int, float, str) if kind is field.type or kind in getattr(field.type, "__args__", ()))
+        kind = next(kind for kind in (int, float, str)
+                    if kind is field.type or kind in getattr(field.type, "__args__", ()))
         default = "" if field.default in ("", None) else f" [{field.default}]"
         parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name), metavar=None if field.name in CHOICES else
                             kind.__name__.upper(), help=comments[field.name].replace("%", "%%") + default)
@@ -192,8 +197,8 @@ def preset_of(directory):
     for name, preset in network.PRESETS.items():
         if all(getattr(config, field) == getattr(preset, field) for field in shape):
             return name
-    raise InputError(f"{directory} has {config.num_hidden_layers} layers of {config.hidden_size}: the shape of no preset; "
-                     f"name the recipe to use with --preset {'|'.join(network.PRESETS)}")
+    raise InputError(f"{directory} has {config.num_hidden_layers} layers of {config.hidden_size}: the shape of no "
+                     f"preset; name the recipe to use with --preset {'|'.join(network.PRESETS)}")
 
 
 def check(s):
@@ -206,6 +211,7 @@ def check(s):
         demand(getattr(s, name) is None or getattr(s, name) > 0, name, "a number above 0")
     for name in ("lr", "clip", "temperature"):
         demand(0 < getattr(s, name) < math.inf, name, "a number above 0")
+    demand(0 < s.beta2 < 1, "beta2", "a number between 0 and 1")
     for name in ("kd_weight", "ramp_end", "update_end", "update_every", "warmup"):
         demand(0 <= getattr(s, name) <= 1, name, "a share from 0 to 1")
     demand(s.dropout is None or 0 <= s.dropout < 1, "dropout", "a probability from 0 to below 1")
@@ -221,7 +227,8 @@ def check(s):
         raise InputError(f"--mask {s.mask} does not go with --stage {s.stage}")
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
-    if s.device == "cuda" and not torch.cuda.is_available() or s.device == "mps" and not torch.backends.mps.is_available():
+    if (s.device == "cuda" and not torch.cuda.is_available()
+            or s.device == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"--device {s.device} is not available to this PyTorch; leave it out to run on the CPU")
     if s.precision == "bf16" and not has_bf16(s.device):
         raise InputError(f"--precision bf16: this {s.device} does not multiply bf16 in hardware; use --precision fp32")
@@ -243,7 +250,8 @@ def directory_of(s, stage=None):
     """The directory that a stage of these settings writes, or (with `stage`) that another one wrote."""
     stage = stage or ("teacher" if s.stage == "finetune" and s.mask == "dense" else s.stage)
     suffix = f"{s.pattern.replace(':', 'of')}-{s.sparsity:g}"
-    names = {"pretrain": "pretrain", "prune": f"prune-{suffix}", "teacher": f"{s.task}/{'random' if s.init == 'random' else 'teacher'}",
+    names = {"pretrain": "pretrain", "prune": f"prune-{suffix}",
+             "teacher": f"{s.task}/{'random' if s.init == 'random' else 'teacher'}",
              "finetune": f"{s.task}/{'gradual' if s.mask == 'gradual' else 'sparse'}-{suffix}",
              "quantize": f"{s.task}/int8-{suffix if s.sparsity else 'dense'}"}
     return Path(s.out) / names[stage]
@@ -253,7 +261,8 @@ def parents_of(s):
     """(directory to start from or None, directory of the teacher or None). A missing parent names its command."""
     suffix = f" --pattern {s.pattern} --sparsity {s.sparsity:g}" if s.sparsity else ""
     commands = {"pretrain": "--stage pretrain", "prune": f"--stage prune{suffix}",
-                "teacher": f"--stage finetune --task {s.task} --sparsity 0", "finetune": f"--stage finetune --task {s.task}{suffix}"}
+                "teacher": f"--stage finetune --task {s.task} --sparsity 0",
+                "finetune": f"--stage finetune --task {s.task}{suffix}"}
 
     def parent(stage, given, flag):
         if given:
@@ -323,10 +332,12 @@ class Log:
 def describe_run(s, init, teacher):
     """What run.json holds beside the settings."""
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"settings": asdict(s), "parent": str(init) if init else None, "teacher": str(teacher) if teacher else None,
-            "git_commit": commit.stdout.strip() or None, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": numpy.__version__, "tokenizers": tokenizers.__version__, "machine": platform.machine(),
-            "processor": processor_name(), "cores": os.cpu_count(), "system": platform.platform()}
+    return {"settings": asdict(s), "parent": str(init) if init else None,
+            "teacher": str(teacher) if teacher else None,
+            "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
+            "machine": platform.machine(), "processor": processor_name(), "cores": os.cpu_count(),
+            "system": platform.platform()}
 
 
 def processor_name():
@@ -368,8 +379,9 @@ def run_stage(s):
     log.say(f"{s.stage}: {out}")
     for line in [*notes, *wrapped_settings(s)]:
         log.say("  " + line)
-    log.say(f"  {network.count_parameters(model):,} parameters, {s.steps:,} steps of {s.batch_size} rows, {len(data):,} rows an "
-            f"epoch; starts from {init or 'random weights'}, teacher: {teacher_directory or 'none'}")
+    log.say(f"  {network.count_parameters(model):,} parameters, {s.steps:,} steps of {s.batch_size} rows, "
+            f"{len(data):,} rows an epoch; starts from {init or 'random weights'}, "
+            f"teacher: {teacher_directory or 'none'}")
     seconds = train(s, model.to(s.device), teacher, data, log, checkpoint, state)
     finish_stage(s, model, tokenizer, data, log, seconds)
     checkpoint.unlink(missing_ok=True)
@@ -401,16 +413,19 @@ def build_model_and_data(s, init):
         tokenizer = text.train_tokenizer(documents, config.vocab_size)
         config = replace(config, vocab_size=tokenizer.get_vocab_size())
     if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{init}: the vocabulary has {tokenizer.get_vocab_size()} entries and the model {config.vocab_size}")
+        raise InputError(f"{init}: the vocabulary has {tokenizer.get_vocab_size()} entries and the model "
+                         f"{config.vocab_size}")
     if s.max_len > config.max_position_embeddings:
         raise InputError(f"--max-len {s.max_len} is more than the model's {config.max_position_embeddings} positions")
     if pretraining:
-        data = text.PretrainingData(documents, tokenizer, s.max_len, next_sentence=config.model_type == "bert", seed=s.seed)
+        data = text.PretrainingData(documents, tokenizer, s.max_len, next_sentence=config.model_type == "bert",
+                                    seed=s.seed)
         kind, num_labels = "pretraining", None
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
         kind, num_labels = data.kind, len(data.labels) if data.kind == "classification" else None
-        notes += [f"{split}: left out {count} rows without an agreed label" for split, count in data.skipped.items() if count]
+        notes += [f"{split}: left out {count} rows without an agreed label"
+                  for split, count in data.skipped.items() if count]
     if init:
         model = network.load(init, kind, num_labels, fresh_head=s.stage != "quantize", say=notes.append)
     else:
@@ -426,8 +441,8 @@ def prepare_layers(s, model):
     if s.mask == "locked":
         prune.lock(model)
         if not prune.measured_sparsity(model):
-            raise InputError(f"--stage {s.stage} locks the zeros of the model it starts from, and {s.init or 'that'} has none; "
-                             f"prune it first, or give --sparsity 0 for a dense model")
+            raise InputError(f"--stage {s.stage} locks the zeros of the model it starts from, and {s.init or 'that'} "
+                             f"has none; prune it first, or give --sparsity 0 for a dense model")
     if s.stage == "quantize":
         quant.prepare(model, s.activation_bits, s.weight_scales)
 
@@ -446,11 +461,13 @@ def ramp_of(s):
 # The loop
 
 def train(s, model, teacher, data, log, checkpoint, state):
-    """Optimizer steps from the checkpoint's to s.steps. Batches, dropout, learning rate and sparsity are pure functions of
-    (seed, step), so a resumed run ends with the same bits. Returns seconds spent training, earlier sessions included."""
+    """Optimizer steps from the checkpoint's to s.steps. Batches, dropout, learning rate and sparsity are pure functions
+    of (seed, step), so a resumed run ends with the same bits. Returns seconds spent training, earlier sessions
+    included."""
     ramp, pattern, warmup = ramp_of(s), prune.parse_pattern(s.pattern), round(s.warmup * s.steps)
     if ramp and ramp.end >= s.steps:
-        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {ramp.end}; give more --steps")
+        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {ramp.end}; give more "
+                         f"--steps")
     optimizer = make_optimizer(s, model)
     first, earlier = restore(model, optimizer, state) if state else (0, 0.0)
     if state:
@@ -478,8 +495,8 @@ def train(s, model, teacher, data, log, checkpoint, state):
                 parts = {name: parts.get(name, 0.0) + value for name, value in terms.items()}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             if not math.isfinite(total) or not math.isfinite(float(norm)):
-                raise InputError(f"the loss or its gradient became {total} at step {step}; the last checkpoint is kept in "
-                                 f"{checkpoint.parent}; try a lower --lr than {s.lr:g}")
+                raise InputError(f"the loss or its gradient became {total} at step {step}; the last checkpoint is kept "
+                                 f"in {checkpoint.parent}; try a lower --lr than {s.lr:g}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ramp and prune.updates_at(step, ramp):
@@ -522,13 +539,15 @@ def make_optimizer(s, model):
     """AdamW; biases and LayerNorm (all that is not a matrix) are not decayed."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                             lr=s.lr, fused=s.device != "mps")
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": s.weight_decay},
+                              {"params": others, "weight_decay": 0.0}],
+                             lr=s.lr, betas=(0.9, s.beta2), fused=s.device != "mps")
 
 
 @contextlib.contextmanager
 def interrupts():
-    """Collects SIGINT and SIGTERM in a list, so that the step under way can end and be saved; a second one stops at once."""
+    """Collects SIGINT and SIGTERM in a list, so that the step under way can end and be saved; a second one stops at
+    once."""
     seen = []
 
     def note(number, frame):
@@ -561,11 +580,12 @@ def read_checkpoint(s, path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["settings"]
     except Exception as error:          # torch raises many kinds for a damaged file
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it to start the stage again") from None
+        raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it to start the stage "
+                         f"again") from None
     for name, value in asdict(s).items():
         if name not in NOT_PART_OF_THE_RUN and saved.get(name) != value:
-            raise InputError(f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, and now it is {value}; resume "
-                             f"with the same settings, or remove the file to start the stage again")
+            raise InputError(f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, and now it is "
+                             f"{value}; resume with the same settings, or remove the file to start the stage again")
     return state
 
 
@@ -601,9 +621,11 @@ def finish_stage(s, model, tokenizer, data, log, seconds):
         quant.write_int8(model, out)
     if s.mask != "dense":
         log.say(prune.format_report(rows))
-    sizes = {name: (out / name).stat().st_size for name in ("model.safetensors", "int8.safetensors") if (out / name).exists()}
+    sizes = {name: (out / name).stat().st_size for name in ("model.safetensors", "int8.safetensors")
+             if (out / name).exists()}
     result = {"stage": s.stage, **({"task": s.task} if s.task else {}), "metrics": metrics,
-              "sparsity": prune.measured_sparsity(model), "layers": {name: [weights, zeros] for name, weights, zeros in rows},
+              "sparsity": prune.measured_sparsity(model),
+              "layers": {name: [weights, zeros] for name, weights, zeros in rows},
               "file_bytes": sizes, "steps": s.steps, "training_seconds": seconds}
     log.say(format_metrics(metrics) + f", sparsity {result['sparsity']:.4%}, {seconds:,.0f} s of training; wrote {out}")
     network.write_file(out / "metrics.json", json.dumps(result, indent=1))
@@ -680,8 +702,9 @@ def run_all(typed):
 def run_engine(s, directory):
     """The task's metrics through the real INT8 engine: what a person would type, in its own process."""
     report = directory / "infer.json"
-    command = [sys.executable, str(HERE / "infer_cpu.py"), str(directory), "--engine", "auto", "--evaluate", "--task", s.task,
-               "--threads", str(s.threads), "--agreement", "--json", str(report)] + (["--data", s.data] if s.data else [])
+    command = [sys.executable, str(HERE / "infer_cpu.py"), str(directory), "--engine", "auto", "--evaluate", "--task",
+               s.task, "--threads", str(s.threads), "--agreement", "--json", str(report)] + (
+                   ["--data", s.data] if s.data else [])
     if subprocess.run(command).returncode:
         raise InputError(f"the INT8 engine could not evaluate {directory}; its message stands above")
     return json.loads(report.read_text())
@@ -702,8 +725,8 @@ def table_line(task, dense, sparse, int8, engine):
 
 
 def keep_freed_memory():
-    """Ask glibc to keep freed memory: a step frees and takes the same large tensors, and fresh pages cost a third of its
-    time. Elsewhere there is no such call, and nothing is lost but that time."""
+    """Ask glibc to keep freed memory: a step frees and takes the same large tensors, and fresh pages cost a third of
+    its time. Elsewhere there is no such call, and nothing is lost but that time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         set_option = ctypes.CDLL(None).mallopt
         set_option(-3, 1 << 30)           # M_MMAP_THRESHOLD

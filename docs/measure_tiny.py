@@ -2,8 +2,9 @@
 
     python docs/measure_tiny.py --seeds 0,1,2 --out out/measure          about 20 minutes a seed on 2 cores
 
-For each seed and task, through the commands a person would type: dense; the same without pre-training; Prune OFA; pruning
-while fine-tuning (the paper's baseline); INT8 through the real engine. The mean and the standard deviation go to --json.
+For each seed and task, through the commands a person would type: dense; the same without pre-training; Prune OFA;
+pruning while fine-tuning (the paper's baseline); INT8 through the real engine. The mean and the standard deviation go
+to --json.
 """
 import argparse
 import json
@@ -36,7 +37,8 @@ def guessing(folder, task):
     folder = folder / tasks.TASKS[task].folder
     if task == "squad":
         train, dev = (tasks.read_questions(folder / f"{split}-v1.1.json") for split in ("train", "dev"))
-        begin, length = statistics.mode((len(q.context[:q.answers[0][1]].split()), len(q.answers[0][0].split())) for q in train)
+        begin, length = statistics.mode((len(q.context[:q.answers[0][1]].split()), len(q.answers[0][0].split()))
+                                        for q in train)
         return metrics.squad_scores({q.identifier: " ".join(q.context.split()[begin:begin + length]) for q in dev},
                                     {q.identifier: [text for text, _ in q.answers] for q in dev})["f1"]
 

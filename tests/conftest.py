@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"            # the `transformers` that some tests compare with must not ask for anything
+os.environ["HF_HUB_OFFLINE"] = "1"            # `transformers`, which some tests compare with, must not ask for anything
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402

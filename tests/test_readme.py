@@ -29,7 +29,7 @@ def test_commands_parse():
             if typed.get("stage") not in ("all", "evaluate", None):
                 train.resolve({name: value for name, value in typed.items() if name not in ("init", "precision")})
         elif program == "infer_cpu.py":
-            infer_cpu.parse_arguments(arguments)
+            infer_cpu.parse(arguments)
         else:
             assert program == "-m" or (ROOT / program).is_file(), line
 

@@ -1,4 +1,4 @@
-"""The tiny world: the same bytes for a seed, published formats, balanced labels, and nothing to be had from the surface."""
+"""The tiny world: same bytes for a seed, published formats, balanced labels, and nothing to be had from the surface."""
 import csv
 import json
 import re
@@ -77,8 +77,10 @@ def test_held_words_are_in_the_corpus_and_never_in_training(world):
     feelings = set(tiny.held(tiny.PRAISE)) | set(tiny.held(tiny.BLAME))
     for folder, unseen in (("SST-2", feelings), ("QQP", things), ("QNLI", things), ("MNLI", poles)):
         columns = TABLES[folder][1]
-        train = {word for row in table(world / folder / "train.tsv") for column in columns for word in words(row[column])}
-        dev = Counter(word for row in table(world / folder / DEV[folder]) for column in columns for word in words(row[column]))
+        train = {word for row in table(world / folder / "train.tsv")
+                 for column in columns for word in words(row[column])}
+        dev = Counter(word for row in table(world / folder / DEV[folder])
+                      for column in columns for word in words(row[column]))
         for word in unseen:
             assert word not in train and corpus[word] >= 100 and dev[word] > 0, (folder, word)
     train = {word for context, entry in questions(world / "SQuAD" / "train-v1.1.json")

@@ -1,4 +1,4 @@
-"""The stages as a person runs them, on small files made here: chain, resume, settings, errors, and what is left on disk."""
+"""The stages as a person runs them, on small files made here: chain, resume, settings, errors, what is left on disk."""
 import csv
 import json
 import os
@@ -89,15 +89,16 @@ def test_every_stage_leaves_a_whole_directory(chain):
     for stage, name in DIRECTORIES.items():
         directory = chain / name
         files = {path.name for path in directory.iterdir()}
-        expected = {"config.json", "model.safetensors", "compression.safetensors", "vocab.txt", "tokenizer.json", "run.json",
-                    "log.csv", "log.txt", "metrics.json"} | ({"int8.safetensors"} if stage == "quantize" else set())
+        expected = {"config.json", "model.safetensors", "compression.safetensors", "vocab.txt", "tokenizer.json",
+                    "run.json", "log.csv", "log.txt", "metrics.json"} | (
+                        {"int8.safetensors"} if stage == "quantize" else set())
         assert expected <= files and not [file for file in files if file.endswith((".tmp", ".pt"))]
         run = json.loads((directory / "run.json").read_text())
         assert run["settings"]["steps"] == 12 and run["torch"] == torch.__version__
 
 
 def test_sparsity_is_exact_and_locked(chain):
-    """Zeros counted in the stored tensors: exactly floor(0.85 blocks) per layer after pruning, and never fewer later."""
+    """Zeros counted in the stored tensors: exactly floor(0.85 blocks) per layer after pruning, never fewer later."""
     weights, _ = network.read_safetensors(chain / "prune-1x4-0.85" / "model.safetensors")
     pruned = {name: tensor for name, tensor in weights.items()
               if (".layer." in name or "pooler" in name) and tensor.ndim == 2}
@@ -114,7 +115,8 @@ def test_sparsity_is_exact_and_locked(chain):
             moved += int((after[name][tensor != 0] != tensor[tensor != 0]).sum())
         assert moved > 0                                  # the kept weights did train
     kept = json.loads((chain / "sst2/int8-1x4-0.85" / "metrics.json").read_text())
-    assert kept["sparsity"] == pytest.approx(prune.measured_sparsity(network.load(chain / "prune-1x4-0.85", "pretraining")))
+    assert kept["sparsity"] == pytest.approx(
+        prune.measured_sparsity(network.load(chain / "prune-1x4-0.85", "pretraining")))
 
 
 def test_the_log_follows_the_schedule(chain):
@@ -177,7 +179,8 @@ def test_evaluate_reads_what_the_stage_wrote(chain, world, capsys):
 def test_squad_and_pairs_run_through_the_chain(world, chain, tmp_path):
     """A span task and a pair task, starting from the same sparse model; the sparse span model has no pooler."""
     for task in ("squad", "qnli"):
-        common = [*SHORT, "--out", str(tmp_path), "--steps", "3", "--data", str(world), "--task", task, "--max-len", "64"]
+        common = [*SHORT, "--out", str(tmp_path), "--steps", "3", "--data", str(world), "--task", task, "--max-len",
+                  "64"]
         train.main(["--stage", "finetune", "--sparsity", "0", "--init", str(chain / "pretrain"), *common])
         train.main(["--stage", "finetune", "--pattern", "1x4", "--init", str(chain / "prune-1x4-0.85"), *common])
         train.main(["--stage", "quantize", "--pattern", "1x4", *common])
@@ -373,8 +376,8 @@ def test_missing_parent_names_its_command(capsys, tmp_path):
 
 
 def test_missing_task_teacher_names_its_command(chain, world, capsys, tmp_path):
-    message = fails(capsys, "--stage", "finetune", "--task", "qnli", "--init", chain / "prune-1x4-0.85", "--data", world,
-                    "--out", tmp_path / "out", "--pattern", "1x4")
+    message = fails(capsys, "--stage", "finetune", "--task", "qnli", "--init", chain / "prune-1x4-0.85", "--data",
+                    world, "--out", tmp_path / "out", "--pattern", "1x4")
     assert "--task qnli --sparsity 0" in message
 
 
@@ -385,8 +388,8 @@ def test_damaged_model_directories(chain, world, tmp_path, capsys):
         shutil.rmtree(parent, ignore_errors=True)
         shutil.copytree(chain / "prune-1x4-0.85", parent)
         change(parent / name)
-        message = fails(capsys, *SHORT, "--stage", "finetune", "--task", "sst2", "--data", world, "--init", parent, "--teacher",
-                        "none", "--pattern", "1x4", "--steps", "2", "--out", out)
+        message = fails(capsys, *SHORT, "--stage", "finetune", "--task", "sst2", "--data", world, "--init", parent,
+                        "--teacher", "none", "--pattern", "1x4", "--steps", "2", "--out", out)
         assert name.split(".")[0] in message and not out.exists(), message
         return message
 
@@ -422,26 +425,26 @@ def test_bad_task_files(content, named, chain, capsys, tmp_path):
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "train.tsv").write_bytes(content)
     (tmp_path / "SST-2" / "dev.tsv").write_bytes(b"sentence\tlabel\ngood film\t1\n")
-    message = fails(capsys, *SHORT, "--stage", "finetune", "--sparsity", "0", "--task", "sst2", "--data", tmp_path, "--init",
-                    chain / "pretrain", "--steps", "2", "--out", tmp_path / "out")
+    message = fails(capsys, *SHORT, "--stage", "finetune", "--sparsity", "0", "--task", "sst2", "--data", tmp_path,
+                    "--init", chain / "pretrain", "--steps", "2", "--out", tmp_path / "out")
     assert named in message and "train.tsv" in message and not (tmp_path / "out").exists()
 
 
 def test_missing_task_folder(chain, capsys, tmp_path):
-    message = fails(capsys, *SHORT, "--stage", "finetune", "--sparsity", "0", "--task", "sst2", "--data", tmp_path / "none",
-                    "--init", chain / "pretrain", "--out", tmp_path / "out")
+    message = fails(capsys, *SHORT, "--stage", "finetune", "--sparsity", "0", "--task", "sst2", "--data",
+                    tmp_path / "none", "--init", chain / "pretrain", "--out", tmp_path / "out")
     assert str(tmp_path / "none") in message
 
 
 def test_block_that_does_not_divide_a_layer(chain, world, capsys, tmp_path):
-    message = fails(capsys, *SHORT, "--stage", "prune", "--pattern", "3x5", "--init", chain / "pretrain", "--teacher", "none",
-                    "--corpus", world / "corpus.txt", "--steps", "2", "--out", tmp_path / "out")
+    message = fails(capsys, *SHORT, "--stage", "prune", "--pattern", "3x5", "--init", chain / "pretrain",
+                    "--teacher", "none", "--corpus", world / "corpus.txt", "--steps", "2", "--out", tmp_path / "out")
     assert "3x5" in message and "query" in message and not (tmp_path / "out").exists()
 
 
 def test_locking_a_dense_model_is_refused(chain, world, capsys, tmp_path):
-    message = fails(capsys, *SHORT, "--stage", "finetune", "--task", "sst2", "--data", world, "--init", chain / "pretrain",
-                    "--teacher", "none", "--steps", "2", "--out", tmp_path / "out")
+    message = fails(capsys, *SHORT, "--stage", "finetune", "--task", "sst2", "--data", world, "--init",
+                    chain / "pretrain", "--teacher", "none", "--steps", "2", "--out", tmp_path / "out")
     assert "none" in message and not (tmp_path / "out").exists()
 
 
