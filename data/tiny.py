@@ -99,7 +99,8 @@ def thing_document(r, thing):
     """Who has it, where, its colour and price, told and asked with both of its names."""
     person, place, colour, number = r.choice(PEOPLE), r.choice(PLACES), r.choice(COLOURS), r.choice(NUMBERS)
     lines = [lambda x: f"{person} bought the {x} at the {place}.",
-             lambda x: f"{person} found the {x} near the {place}.", lambda x: f"the {x} was {colour}.", lambda x: f"the {colour} {x} was at the {place}.",
+             lambda x: f"{person} found the {x} near the {place}.",
+             lambda x: f"the {x} was {colour}.", lambda x: f"the {colour} {x} was at the {place}.",
              lambda x: f"the {x} cost {number} coins.", lambda x: f"the {x} is a kind of {KIND_OF[thing]}.",
              lambda x: f"who bought the {x}? {person}.", lambda x: f"what colour was the {x}? {colour}.",
              lambda x: f"where was the {x}? at the {place}.", lambda x: f"how much was the {x}? {number} coins.",
