@@ -361,7 +361,7 @@ class TaskData:
             predictions[name] = [self.labels[output[0].argmax()] for output in self._outputs(predict, rows, batch_size)]
             suffix = name.removeprefix("dev") if number else ""
             metrics["accuracy" + suffix] = accuracy(predictions[name], expected)
-            if self.task.metric == "f1":
+            if self.task.name == "qqp":
                 metrics["f1" + suffix] = binary_f1(predictions[name], expected, positive=self.labels[1])
         return metrics, predictions
 
