@@ -109,18 +109,16 @@ def thing_document(r, thing):
 
 
 def attribute_document(r, dimension, pole):
-    """One pole of a dimension, said of many things, and what follows from it for other attributes."""
+    """One pole of a dimension, said of many things; its opposite only behind a `not` or a `never`."""
     names, opposite = dimension[pole], dimension[1 - pole]
 
     def line():
         thing, (name, other) = r.choice(r.choice(THINGS)), shuffled(r, names)
-        unrelated = r.choice(r.choice(r.choice([d for d in DIMENSIONS if d is not dimension])))
         against = r.choice(opposite)
         return r.choice([f"the {thing} was {name}.", f"the {thing} was {name}, not {against}.",
                          f"{r.choice(PEOPLE)} has a very {name} {thing}.", f"this {thing} is {name}, so it is {other}.",
                          f"{an(name)} {thing} is never {against}.", f"how {name} the {thing} is!",
-                         f"this {thing} became {name}.", f"is the {name} {thing} {other}? yes.",
-                         f"is the {name} {thing} {against}? no.", f"is the {name} {thing} {unrelated}? maybe."])
+                         f"this {thing} became {name}."])
     return [sentence(line()) for _ in range(r.randint(6, 8))]
 
 
