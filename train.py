@@ -178,9 +178,9 @@ def resolve(typed, stage=None):
     s = replace(s, **{name: value for name, value in recipe.items() if name not in typed})
     s.out = s.out or str(Path("out") / s.preset)
     pattern = prune.parse_pattern(s.pattern)
-    s.sparsity = prune.resolve_sparsity(s.sparsity if s.sparsity != 0 else None, pattern) if s.sparsity != 0 else 0.0
-    s.mask = s.mask or {"pretrain": "dense", "prune": "gradual", "finetune": "locked" if s.sparsity else "dense",
-                        "quantize": "locked" if s.sparsity else "dense"}.get(s.stage, "")
+    if s.sparsity != 0:
+        s.sparsity = prune.resolve_sparsity(s.sparsity, pattern)
+    s.mask = s.mask or allowed_masks(s)[0]
     s.micro_batch = s.micro_batch or s.batch_size
     s.activation_bits = s.activation_bits or quant.default_activation_bits()
     s.threads = s.threads or os.cpu_count()
@@ -188,6 +188,13 @@ def resolve(typed, stage=None):
         s.precision = "fp32"              # bf16 would round the very grid that QAT trains
     check(s)
     return s
+
+
+def allowed_masks(s):
+    """What --mask may be for this stage and sparsity, the default first."""
+    locked = ("locked",) if s.sparsity else ("dense",)
+    return {"pretrain": ("dense",), "prune": ("gradual",), "quantize": locked,
+            "finetune": (*locked, "gradual") if s.sparsity else locked}.get(s.stage, ("",))
 
 
 def preset_of(directory):
@@ -223,10 +230,11 @@ def check(s):
         raise InputError("--steps and --epochs were both given; choose one")
     if s.stage in ("finetune", "quantize") and not s.task:
         raise InputError(f"--stage {s.stage} needs --task {'|'.join(tasks.TASKS)}")
-    if s.stage == "quantize" and s.mask == "gradual" or s.stage == "prune" and s.mask != "gradual":
-        raise InputError(f"--mask {s.mask} does not go with --stage {s.stage}")
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
+    if s.mask not in allowed_masks(s):
+        raise InputError(f"--mask {s.mask} does not go with --stage {s.stage} at --sparsity {s.sparsity:g}; it takes "
+                         f"{' or '.join(allowed_masks(s))}")
     if (s.device == "cuda" and not torch.cuda.is_available()
             or s.device == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"--device {s.device} is not available to this PyTorch; leave it out to run on the CPU")

@@ -356,7 +356,10 @@ def test_quantize_never_runs_in_bf16():
     (["--stage", "pretrain", "--init", "/no/such/model"], ["/no/such/model"]),
     (["--stage", "pretrain", "--corpus", "/no/such/corpus"], ["/no/such/corpus"]),
     (["--stage", "prune", "--init", "random"], ["random"]),
-    (["--stage", "prune", "--mask", "dense"], ["--mask", "dense"]),
+    (["--stage", "prune", "--mask", "dense"], ["--mask", "dense", "gradual"]),
+    (["--stage", "pretrain", "--mask", "gradual"], ["--mask", "gradual", "dense"]),
+    (["--stage", "finetune", "--task", "sst2", "--mask", "dense"], ["--mask", "dense", "locked"]),
+    (["--stage", "finetune", "--task", "sst2", "--mask", "locked", "--sparsity", "0"], ["--mask", "locked", "dense"]),
 ])
 def test_bad_settings(arguments, named, capsys, tmp_path):
     out = tmp_path / "out"
