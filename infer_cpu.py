@@ -20,7 +20,6 @@ From Python: engine = load(directory); logits = engine(dict(input_ids=..., atten
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
@@ -499,13 +498,8 @@ def write_random(directory, preset, sparsity, pattern):
 
 def machine():
     """One line: processor, cores, threads in use, torch."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     exact = "7-bit activations only" if quant.saturates() else "8-bit activations"
-    return f"{name}, {exact} are exact, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{network.processor_name()}, {exact} are exact, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def run_benchmark(settings):

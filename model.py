@@ -6,9 +6,11 @@ Shapes, everywhere in this project:
     A = attention heads     D = H / A, size of one head                 N = number of positions a loss asks for
     C = number of classes   F = intermediate_size
 """
+import contextlib
 import json
 import math
 import os
+import platform
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,15 @@ import torch.nn.functional as F
 
 class InputError(ValueError):
     """A person's mistake (flag, file, folder); its message is the one sentence they read before exit code 2."""
+
+
+def processor_name():
+    """The CPU's name, for the records that go with a measurement."""
+    with contextlib.suppress(OSError):
+        for line in open("/proc/cpuinfo"):
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Settings:
     update_every: float = 0.01        # share of the steps between two mask updates and learning-rate rewinds
     activation_bits: int | None = None  # 7 or 8; default: 7 where this CPU's INT8 product would saturate, else 8
     weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
-    precision: str = "fp32"           # fp32, or bf16 (autocast, on a device that multiplies bf16; never while rounding)
+    precision: str = "auto"           # fp32, bf16 (autocast), or auto: bf16 if the device multiplies it; QAT is fp32
     seed: int = 0                     # of weights, batches, dropout and masking
     threads: int | None = None        # CPU threads; default: as many as there are cores
     device: str = "cpu"               # cpu, cuda or mps
@@ -90,7 +90,7 @@ class Settings:
 CHOICES = {
     "stage": ("pretrain", "prune", "finetune", "quantize", "evaluate", "all"), "preset": tuple(network.PRESETS),
     "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_positions": ("all", "masked"),
-    "weight_scales": ("row", "tensor"), "precision": ("fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
+    "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
     "activation_bits": (7, 8),
 }
 NOT_PART_OF_THE_RUN = ("resume", "threads", "save_every", "log_every", "out")      # may differ when a run is resumed
@@ -184,9 +184,11 @@ def resolve(typed, stage=None):
     s.micro_batch = s.micro_batch or s.batch_size
     s.activation_bits = s.activation_bits or quant.default_activation_bits()
     s.threads = s.threads or os.cpu_count()
-    if s.stage == "quantize":
-        s.precision = "fp32"              # bf16 would round the very grid that QAT trains
     check(s)
+    if s.stage in ("quantize", "evaluate"):
+        s.precision = "fp32"              # bf16 would round the very grid of a quantized model
+    elif s.precision == "auto":
+        s.precision = "bf16" if has_bf16(s.device) else "fp32"
     return s
 
 
@@ -344,16 +346,8 @@ def describe_run(s, init, teacher):
             "teacher": str(teacher) if teacher else None,
             "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
-            "machine": platform.machine(), "processor": processor_name(), "cores": os.cpu_count(),
+            "machine": platform.machine(), "processor": network.processor_name(), "cores": os.cpu_count(),
             "system": platform.platform()}
-
-
-def processor_name():
-    with contextlib.suppress(OSError):
-        for line in open("/proc/cpuinfo"):
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -702,7 +696,7 @@ def run_all(typed):
         int8 = run_stage(quantized)
         lines.append(table_line(task, dense, sparse, int8, run_engine(quantized, int8)))
     table = "\n".join([TABLE_HEAD, *lines, f"{time.monotonic() - started:,.0f} s in all, {base.threads} threads, "
-                       f"seed {base.seed}, {processor_name()}, torch {torch.__version__}"])
+                       f"seed {base.seed}, {network.processor_name()}, torch {torch.__version__}"])
     print("\n" + table)
     network.write_file(Path(base.out) / "table.txt", table + "\n")
 

@@ -96,7 +96,7 @@ def main():
              for seed in arguments.seeds.split(",")}
     summary = summarize(seeds)
     content = {"command": "python docs/measure_tiny.py --seeds " + arguments.seeds, "sparsity": arguments.sparsity,
-               "processor": train.processor_name(), "cores": os.cpu_count(), "torch": torch.__version__,
+               "processor": train.network.processor_name(), "cores": os.cpu_count(), "torch": torch.__version__,
                "python": platform.python_version(), "mean_and_deviation": summary, "seeds": seeds}
     arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{'':<15}" + "".join(f"{task:>14}" for task in (*TASKS, "average")))
