@@ -81,7 +81,7 @@ class Settings:
     weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
     precision: str = "auto"           # fp32, bf16 (autocast), or auto: bf16 if the device multiplies it; QAT is fp32
     seed: int = 0                     # of weights, batches, dropout and masking
-    threads: int | None = None        # CPU threads; default: as many as there are cores
+    threads: int | None = None        # CPU threads; default: one for each core this process may use
     device: str = "cpu"               # cpu, cuda or mps
     save_every: int | None = None     # steps between checkpoints; default: every 5 minutes
     log_every: int = 10               # steps between two lines of log.csv
@@ -112,10 +112,10 @@ PAPER = {
 }
 RECIPES = {
     "tiny": {
-        "pretrain": dict(steps=2000, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "prune": dict(steps=1200, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "dense": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0),
-        "finetune": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "pretrain": dict(steps=2000, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "prune": dict(steps=1200, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "dense": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0),
+        "finetune": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
     },
     "minilm-l6": {
@@ -178,12 +178,14 @@ def resolve(typed, stage=None):
     s = replace(s, **{name: value for name, value in recipe.items() if name not in typed})
     s.out = s.out or str(Path("out") / s.preset)
     pattern = prune.parse_pattern(s.pattern)
+    if s.stage == "pretrain" and s.sparsity is None:
+        s.sparsity = 0.0
     if s.sparsity != 0:
         s.sparsity = prune.resolve_sparsity(s.sparsity, pattern)
     s.mask = s.mask or allowed_masks(s)[0]
     s.micro_batch = s.micro_batch or s.batch_size
     s.activation_bits = s.activation_bits or quant.default_activation_bits()
-    s.threads = s.threads or os.cpu_count()
+    s.threads = s.threads or cores()
     check(s)
     if s.stage in ("quantize", "evaluate"):
         s.precision = "fp32"              # bf16 would round the very grid of a quantized model
@@ -232,6 +234,9 @@ def check(s):
         raise InputError("--steps and --epochs were both given; choose one")
     if s.stage in ("finetune", "quantize") and not s.task:
         raise InputError(f"--stage {s.stage} needs --task {'|'.join(tasks.TASKS)}")
+    if s.stage == "pretrain" and s.sparsity:
+        raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
+                         f"--stage prune")
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
     if s.mask not in allowed_masks(s):
@@ -242,6 +247,11 @@ def check(s):
         raise InputError(f"--device {s.device} is not available to this PyTorch; leave it out to run on the CPU")
     if s.precision == "bf16" and not has_bf16(s.device):
         raise InputError(f"--precision bf16: this {s.device} does not multiply bf16 in hardware; use --precision fp32")
+
+
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def has_bf16(device):
@@ -346,7 +356,7 @@ def describe_run(s, init, teacher):
             "teacher": str(teacher) if teacher else None,
             "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
-            "machine": platform.machine(), "processor": network.processor_name(), "cores": os.cpu_count(),
+            "machine": platform.machine(), "processor": network.processor_name(), "cores": cores(),
             "system": platform.platform()}
 
 
@@ -682,19 +692,19 @@ def run_evaluate(s):
 def run_all(typed):
     """Every stage in turn for every task, then the INT8 engine on the files they left, then one table."""
     started = time.monotonic()
-    base = resolve(typed, "pretrain")
-    shared = {**typed, "preset": base.preset, "out": base.out}
-    later = {name: value for name, value in shared.items() if name not in ("init", "teacher")}
-    chosen = [typed["task"]] if "task" in typed else list(tasks.TASKS)
-    run_stage(resolve({**shared, "task": "", "sparsity": None}, "pretrain"))
-    run_stage(resolve({**later, "task": ""}, "prune"))
+    base = resolve({**typed, "task": "", "sparsity": None}, "pretrain")
+    later = {name: value for name, value in typed.items() if name not in ("init", "teacher")}
+    later.update(preset=base.preset, out=base.out)
+    pruned = resolve({**later, "task": ""}, "prune")            # every mistake in the settings shows before step 0
+    chains = [(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"),
+               *(resolve({**later, "task": task}, stage) for stage in ("finetune", "quantize")))
+              for task in ([typed["task"]] if "task" in typed else tasks.TASKS)]
+    run_stage(base)
+    run_stage(pruned)
     lines = []
-    for task in chosen:
-        dense = run_stage(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"))
-        sparse = run_stage(resolve({**later, "task": task}, "finetune"))
-        quantized = resolve({**later, "task": task}, "quantize")
-        int8 = run_stage(quantized)
-        lines.append(table_line(task, dense, sparse, int8, run_engine(quantized, int8)))
+    for chain in chains:
+        dense, sparse, int8 = (run_stage(s) for s in chain)
+        lines.append(table_line(chain[-1].task, dense, sparse, int8, run_engine(chain[-1], int8)))
     table = "\n".join([TABLE_HEAD, *lines, f"{time.monotonic() - started:,.0f} s in all, {base.threads} threads, "
                        f"seed {base.seed}, {network.processor_name()}, torch {torch.__version__}"])
     print("\n" + table)
