@@ -116,6 +116,7 @@ RECIPES = {
         "prune": dict(steps=1200, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
         "dense": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0),
         "finetune": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "finetune squad": dict(lr=1e-3),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
     },
     "minilm-l6": {
