@@ -54,8 +54,8 @@ class ModelConfig:
 
 
 PRESETS = {
-    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=512, max_position_embeddings=128, initializer_range=0.05),
+    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+                        intermediate_size=256, max_position_embeddings=128, initializer_range=0.05),
     "minilm-l6": ModelConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "distilbert-base": ModelConfig(model_type="distilbert", num_hidden_layers=6, type_vocab_size=0,
                                    classifier_dropout=0.2),
