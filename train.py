@@ -121,13 +121,13 @@ RECIPES = {
     },
     "minilm-l6": {
         "pretrain": dict(dropout=0.0, steps=1000, batch_size=32, max_len=128, lr=2e-4),
-        "prune": dict(dropout=0.0, steps=800, batch_size=32, max_len=128, lr=3e-4, kd_positions="masked"),
+        "prune": dict(dropout=0.0, steps=500, batch_size=32, max_len=128, lr=5e-4, kd_positions="masked"),
         "dense": dict(epochs=1, max_len=128, lr=5e-5, warmup=0.06),
         "dense squad": dict(epochs=1, max_len=384, lr=1e-4),
-        "finetune": dict(epochs=2, max_len=128, lr=1e-4, warmup=0.02, kd_weight=1.0),
-        "finetune squad": dict(epochs=2, max_len=384, lr=1.5e-4),
-        "quantize": dict(epochs=0.5, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
-        "quantize squad": dict(epochs=0.5, max_len=384),
+        "finetune": dict(epochs=1, max_len=128, lr=1e-4, warmup=0.02, kd_weight=1.0),
+        "finetune squad": dict(epochs=1, max_len=384, lr=1.5e-4),
+        "quantize": dict(epochs=0.25, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
+        "quantize squad": dict(epochs=0.25, max_len=384),
     },
     "distilbert-base": PAPER, "bert-base": PAPER, "bert-large": PAPER,
 }
