@@ -1,6 +1,6 @@
 """Text for pre-training: documents, the WordPiece tokenizer, and masked sentence pairs (BERT, arXiv 1810.04805).
 
-    documents = read_documents("articles/")                    # list of documents, each a list of sentences
+    documents = read_documents("articles/")                    # corpus.py: documents, each a list of sentences
     tokenizer = train_tokenizer(documents, vocab_size=8000)
     data = PretrainingData(documents, tokenizer, max_length=128)
     batch = data.collate(data.rows(step=0, batch_size=32))     # dict of int64 tensors
@@ -34,7 +34,7 @@ ABBREVIATIONS = frozenset("""mr mrs ms dr prof rev hon st sr jr gen col lt sgt c
     dec mon tue wed thu fri sat sun""".split())
 NUMBERED = frozenset("no nos vol vols ch fig figs eq sec art p pp op".split())
 DOTTED = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,2}")          # U.S  e.g  a.m  Ph.D: dots inside short letters
-BOUNDARY = re.compile(r"""([.!?]+)["'”’)\]]*\s+(?=["'“‘(\[]*([^\W_a-z]))""")
+BOUNDARY = re.compile(r"""(?<![.!?])([.!?]+)["'”’)\]]*\s+(?=["'“‘(\[]*([^\W_a-z]))""")
 
 
 def split_sentences(line: str) -> list[str]:
@@ -59,32 +59,6 @@ def split_sentences(line: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def read_documents(path: str | Path) -> list[list[str]]:
-    """Read `path`, a text file or a folder of .txt files (in the order of their names), as a list of documents.
-
-    Blank lines part documents; every line is cut into sentences (see split_sentences). Returns one list of sentences
-    per document. Raises DataError if there is nothing to read or a file is not UTF-8.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file or folder; give a .txt file or a folder of .txt files")
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path}: this folder holds no .txt file; give a .txt file or a folder of .txt files")
-    documents: list[list[str]] = []
-    for file in files:
-        documents.append([])                            # a document never runs on into the next file
-        for line in read_text(file).split("\n"):
-            if line.strip():
-                documents[-1].extend(split_sentences(line))
-            elif documents[-1]:
-                documents.append([])
-    documents = [document for document in documents if document]
-    if not documents:
-        raise DataError(f"{path}: there is no text in it; expected sentences, with a blank line between documents")
-    return documents
-
-
 # ---------------------------------------------------------------- tokenizer
 
 def bert_tokenizer(vocabulary: dict[str, int], lowercase=True, strip_accents=None, chinese=True) -> Tokenizer:
@@ -107,7 +81,8 @@ def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
     The same documents always give the same vocabulary. The library alone does not promise that: it numbers the
     word-inner letters ("##e") in the order of a hash table, and equally frequent merges are ranked by those numbers
     (huggingface/tokenizers issue 1794). So a first pass, which merges nothing, only collects the letters, and the
-    second pass is handed them sorted. Raises DataError if vocab_size does not even hold the letters.
+    second pass is handed them sorted. `documents` are gone through three times, and need not be in memory (see
+    corpus.Documents). Raises DataError if vocab_size does not even hold the letters.
     """
     def trained(size: int, first: list[str]) -> dict[str, int]:
         tokenizer = bert_tokenizer({})
@@ -130,13 +105,16 @@ def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model directory: tokenizer.json, or else vocab.txt with the options in tokenizer_config.json.
+    `directory` may also be a vocab.txt itself.
 
     Truncation and padding stored in the file are switched off. Raises DataError if neither file is there, if one
     is damaged, or if one of SPECIAL_TOKENS is missing from the vocabulary.
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"
-    if path.is_file():
+    if directory.is_file():
+        path, tokenizer = directory, _tokenizer_from_vocabulary(directory)
+    elif path.is_file():
         try:
             tokenizer = Tokenizer.from_str(read_text(path))
         except DataError:
@@ -198,8 +176,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
              "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
     for name, content in files.items():
         temporary = directory / f".{name}.{os.getpid()}"
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(temporary, directory / name)
+        try:
+            temporary.write_text(content, encoding="utf-8", newline="\n")
+            os.replace(temporary, directory / name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- tokenized documents
@@ -207,8 +188,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
 class Shard(NamedTuple):
     """Tokenized documents, all tokens in one flat array; the arrays may be memory-mapped (see shards.py).
 
-    Sentence s is tokens[sentences[s]:sentences[s + 1]]; document d is the sentences documents[d] … documents[d + 1] - 1.
-    No sentence and no document is empty.
+    Sentence s is tokens[sentences[s]:sentences[s + 1]], document d the sentences documents[d] … documents[d + 1] - 1.
+    None is empty.
     """
     tokens: np.ndarray          # uint16, or uint32 for a vocabulary of more than 65,536 tokens: (tokens,)
     sentences: np.ndarray       # uint32 (sentences + 1,)
@@ -444,7 +425,7 @@ class PretrainingData:
             row = sequence(self.tokenizer, first, second) | {"next_sentence_label": is_random}
         else:
             sentences = self.shards[number].sentences
-            ends = (sentences[begin + 1:end] - sentences[begin]).astype(np.int64)   # but for the last, which ends the row
+            ends = sentences[begin + 1:end].astype(np.int64) - sentences[begin]     # all but the last: it ends the row
             joined = np.insert(self._sentences(number, begin, end), ends, self.separator)
             row = sequence(self.tokenizer, joined[:self.max_length - 2])
         return self._masked(row, generator)
