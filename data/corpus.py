@@ -226,7 +226,7 @@ def clean_wikitext(text: str) -> list[str]:
     text = html.unescape(MARKUP.sub("", re.sub(r"<br\b[^<>]*>", " ", text))).replace("\xa0", " ")
     text = re.sub(r"\([ ,;:]+", "(", re.sub(r"\([ ,;:]*\)", "", text))      # a template was all that stood there
     text = re.sub(r" +(?=[ ,;)]|\.(?!\w)|$)", "", text, flags=re.M)
-    return [line.strip() for line in text.split("\n") if line.strip() and line.strip()[0] not in "=*#:;|!"]
+    return [line.strip() for line in text.split("\n") if line.strip() and line.strip()[0] not in "=*#:;|!{"]
 
 
 def _label(link: re.Match) -> str:

@@ -101,6 +101,9 @@ def joined_offsets(pieces: list[Shard], name: str) -> np.ndarray:
 # ---------------------------------------------------------------- the folder
 
 def is_folder_of_shards(corpus: Path) -> bool:
+    """DataError if it is one, but not finished."""
+    if (corpus / "progress.json").is_file() and (corpus / "00000.bin").is_file():
+        raise DataError(f"{corpus}: these tokens are not finished; give the command again that began them")
     return (corpus / "index.json").is_file() and (corpus / "tokenizer.json").is_file()
 
 
@@ -220,7 +223,8 @@ def prepare(corpus: str | Path, tokenizer: Tokenizer, folder: str | Path | None 
                 os.replace(folder / "progress.json", folder / "index.json")
             finally:
                 if not index["shards"]:
-                    (folder / "progress.json").unlink(missing_ok=True)
+                    for name in ("00000.bin", "progress.json"):
+                        (folder / name).unlink(missing_ok=True)
                     with contextlib.suppress(OSError):
                         folder.rmdir()
     except OSError as error:

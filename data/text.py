@@ -34,7 +34,7 @@ ABBREVIATIONS = frozenset("""mr mrs ms dr prof rev hon st sr jr gen col lt sgt c
     dec mon tue wed thu fri sat sun""".split())
 NUMBERED = frozenset("no nos vol vols ch fig figs eq sec art p pp op".split())
 DOTTED = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,2}")          # U.S  e.g  a.m  Ph.D: dots inside short letters
-BOUNDARY = re.compile(r"""(?<![.!?])([.!?]+)["'”’)\]]*\s+(?=["'“‘(\[]*([^\W_a-z]))""")
+BOUNDARY = re.compile(r"""([.!?](?<![.!?]{2})[.!?]*)["'”’)\]]*\s+(?=["'“‘(\[]*([^\W_a-z]))""")
 
 
 def split_sentences(line: str) -> list[str]:
@@ -175,7 +175,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
              "tokenizer.json": tokenizer.to_str(),
              "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
     for name, content in files.items():
-        temporary = directory / f".{name}.{os.getpid()}"
+        temporary = directory / f".{name}.tmp"
         try:
             temporary.write_text(content, encoding="utf-8", newline="\n")
             os.replace(temporary, directory / name)
@@ -203,23 +203,30 @@ def token_type(tokenizer: Tokenizer) -> np.dtype:
 
 def tokenize(documents: list[list[str]], tokenizer: Tokenizer) -> Shard:
     """Documents, lists of sentences, as one Shard; what holds no token is left out."""
-    pieces = token_ids(tokenizer, [sentence for document in documents for sentence in document])
-    per_document = [[piece for piece in itertools.islice(pieces, len(document)) if len(piece)]
-                    for document in documents]
-    per_document = [document for document in per_document if document]
-    flat = [piece for document in per_document for piece in document]
-    return Shard(np.concatenate([np.zeros(0, np.int32), *flat], dtype=token_type(tokenizer), casting="unsafe"),
-                 np.cumsum([0] + [len(piece) for piece in flat]).astype(np.uint32),
-                 np.cumsum([0] + [len(document) for document in per_document]).astype(np.uint32))
+    pieces = _encoded(tokenizer, [sentence for document in documents for sentence in document])
+    tokens, sentences, ends = array(token_type(tokenizer).char), array("I", [0]), array("I", [0])
+    for document in documents:
+        for ids in itertools.islice(pieces, len(document)):
+            if ids:
+                tokens.fromlist(ids)
+                sentences.append(len(tokens))
+        if len(sentences) - 1 > ends[-1]:
+            ends.append(len(sentences) - 1)
+    return Shard(np.array(tokens), np.array(sentences), np.array(ends))
 
 
 # ---------------------------------------------------------------- sequences, shared with tasks.py
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]):
     """Yield the word-piece ids of each text, an int32 array without [CLS] and [SEP]."""
+    for ids in _encoded(tokenizer, texts):
+        yield np.array(ids, dtype=np.int32)
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]):
     for begin in range(0, len(texts), 10_000):          # in pieces: the library's result objects are large
         for encoding in tokenizer.encode_batch_fast(texts[begin:begin + 10_000], add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=np.int32)
+            yield encoding.ids
 
 
 def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
@@ -288,9 +295,11 @@ class Spans:
     def __init__(self, begins: np.ndarray, targets: array, first: int):
         """begins: bool (sentences of the split + 1,), the last one True; targets: array("H"), one per span; first:
         number of the split's first sentence."""
-        self.bits, self.targets, self.first = np.packbits(begins), targets, first
-        per_block = np.add.reduceat(begins, np.arange(0, len(begins), self.BLOCK), dtype=np.int64)
-        self.before = np.concatenate([[0], np.cumsum(per_block)])
+        packed = np.packbits(begins)
+        self.bits = np.zeros((-(-len(begins) // self.BLOCK), self.BLOCK // 8), dtype=np.uint8)
+        self.bits.ravel()[:len(packed)] = packed
+        self.before = np.concatenate([[0], np.cumsum(np.bitwise_count(self.bits).sum(1, dtype=np.int64))])
+        self.targets, self.first = targets, first
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -301,8 +310,8 @@ class Spans:
 
     def _begin(self, number: int) -> int:
         block = int(np.searchsorted(self.before, number, side="right")) - 1
-        bits = np.unpackbits(self.bits[block * self.BLOCK // 8:(block + 1) * self.BLOCK // 8])
-        return self.first + block * self.BLOCK + int(np.flatnonzero(bits)[number - self.before[block]])
+        places = np.flatnonzero(np.unpackbits(self.bits[block]))
+        return self.first + block * self.BLOCK + int(places[number - self.before[block]])
 
 
 class PretrainingData:
