@@ -37,7 +37,7 @@ import distill
 import model as network
 import prune
 import quant
-from data import DataError, tasks, text, tiny
+from data import DataError, shards, tasks, text, tiny
 from model import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +54,7 @@ class Settings:
     teacher: str = ""                 # model directory to distil from, or 'none'; default: the parent stage's
     out: str = ""                     # folder under which the stages' directories lie; default: out/PRESET
     resume: bool = False              # go on from the last checkpoint; finished stages are kept as they are
-    corpus: str = "tiny"              # text for pretrain and prune: 'tiny', a .txt file, or a folder of them
+    corpus: str = "tiny"              # text for pretrain and prune: 'tiny', a file or folder of text, a Wikipedia dump
     task: str = ""                    # one task; default for --stage all: all five
     data: str = ""                    # folder that holds SST-2 MNLI QQP QNLI SQuAD; default: the bundled tiny world
     sparsity: float | None = None     # share of zeros in a pruned layer; 0 with finetune: the dense model; default 0.85
@@ -418,12 +418,11 @@ def build_model_and_data(s, init):
     """(model, tokenizer, data, what there is to say about them), for any stage."""
     notes = []
     pretraining = s.stage in ("pretrain", "prune")
-    documents = text.read_documents(corpus_path(s)) if pretraining or not init else None
     config = network.read_config(init)[0] if init else network.PRESETS[s.preset]
     if init:
         tokenizer = text.load_tokenizer(init)
     else:
-        tokenizer = text.train_tokenizer(documents, config.vocab_size)
+        tokenizer = shards.corpus_tokenizer(corpus_path(s), config.vocab_size)
         config = replace(config, vocab_size=tokenizer.get_vocab_size())
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(f"{init}: the vocabulary has {tokenizer.get_vocab_size()} entries and the model "
@@ -431,8 +430,8 @@ def build_model_and_data(s, init):
     if s.max_len > config.max_position_embeddings:
         raise InputError(f"--max-len {s.max_len} is more than the model's {config.max_position_embeddings} positions")
     if pretraining:
-        data = text.PretrainingData(documents, tokenizer, s.max_len, next_sentence=config.model_type == "bert",
-                                    seed=s.seed)
+        data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, s.max_len,
+                                    next_sentence=config.model_type == "bert", seed=s.seed)
         kind, num_labels = "pretraining", None
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
@@ -680,7 +679,7 @@ def run_evaluate(s):
         if "activation_bits" in compression:
             quant.prepare(model, compression["activation_bits"], compression["weight_scales"])
     else:
-        data = text.PretrainingData(text.read_documents(corpus_path(s)), tokenizer, s.max_len,
+        data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, s.max_len,
                                     next_sentence=config.model_type == "bert", seed=s.seed)
         model = network.load(s.init, "pretraining")
     metrics = evaluate(s, model.to(s.device), data)

@@ -14,7 +14,8 @@ import model as network
 import quant
 from data import tiny
 from data.tasks import TASKS, TaskData
-from data.text import load_tokenizer, read_documents, save_tokenizer, train_tokenizer
+from data.corpus import read_documents
+from data.text import load_tokenizer, save_tokenizer, train_tokenizer
 from model import InputError, ModelConfig
 
 ROOT = Path(infer_cpu.__file__).parent
