@@ -135,10 +135,10 @@ def test_blocks_operator_refuses_other_patterns_and_leaves_torchs_setting_alone(
         infer_cpu.qnnpack(packed_layer(8, 16, (4, 1)))
     usable(infer_cpu.qnnpack, packed_layer(8, 16))(torch.randn(2, 16))
     for block in ((4, 4), (2, 8)):                                      # made of 1x4
-        packed, x = packed_layer(8, 16, block, 0.5), torch.randn(2, 16, generator=torch.Generator().manual_seed(5))
+        packed, x = packed_layer(24, 32, block, 0.5), torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
         product, size = infer_cpu.qnnpack(packed)
         assert torch.allclose(product(x), quant.integer_forward(x, packed), rtol=1e-6, atol=2e-6)
-        assert packed.pattern == f"{block[0]}x{block[1]}" and size == 2 * packed.values.numel() + 4 * 9 + 8 * 8
+        assert packed.pattern == f"{block[0]}x{block[1]}" and size == 2 * packed.values.numel() + 4 * 25 + 8 * 24
     assert torch.backends.quantized.engine == before
 
 
