@@ -693,16 +693,16 @@ def print_size(report):
               + f"{times_smaller(ratio(row['dense_bytes'], row['stored_bytes'])):>14}")
     print(f"{'header':<17}{report['header_bytes']:>98,}\n{'whole file':<17}{report['file_bytes']:>98,}\n")
     encoder, ratios = report["encoder"], report["ratios"]
-    lines = [("encoder, values only (the paper's count)", encoder["dense_bytes"], encoder["value_bytes"], "values_only"),
-             ("encoder, values and masks", encoder["dense_bytes"], encoder["stored_bytes"] - encoder["scale_bytes"],
-              "with_masks"),
-             ("whole file", report["dense_file_bytes"], report["file_bytes"], "whole_file"),
-             ("whole file after zip", report["dense_file_bytes"], report["zip_bytes"], "zip")]
+    dense, file = encoder["dense_bytes"], report["dense_file_bytes"]
+    lines = [("values_only", "encoder, values only (the paper's count)", dense, encoder["value_bytes"]),
+             ("with_masks", "encoder, values and masks", dense, encoder["stored_bytes"] - encoder["scale_bytes"]),
+             ("whole_file", "whole file", file, report["file_bytes"]),
+             ("zip", "whole file after zip", file, report["zip_bytes"])]
     print(f"{'':<41}{'dense fp32':>15}{'this':>15}{'x smaller':>12}")
-    for title, dense, stored, key in lines:
-        print(f"{title:<41}{dense:>15,}{stored:>15,}{times_smaller(ratios[key]):>12}")
+    for key, title, before, after in lines:
+        print(f"{title:<41}{before:>15,}{after:>15,}{times_smaller(ratios[key]):>12}")
     if not report["quantized"]:
-        print("\nit is not quantized: zeros lie in the file like any other weight; only the paper's count leaves them out")
+        print("\nit is not quantized: zeros lie in the file as any other weight; the paper's count alone omits them")
 
 
 def times_smaller(value):

@@ -7,8 +7,8 @@
 Zero is a level of both grids, so pruned weights stay exactly zero. The fake path (quantization-aware training,
 arXiv 1712.05877, 1910.06188) and the integer path call the same functions for scales and levels: they are the same
 arithmetic by construction. Every Linear is rounded, the pooler and the task head too; layer norms, softmax and GELU
-stay float32, and so do the embeddings in training: only the file holds their rows in int8. The paper's reference code also rounds the outputs of query, key, intermediate and pooler once
-more; we do not: a product leaves in float32.
+stay float32, and so do the embeddings in training: only the file holds their rows in int8. The paper's reference code
+also rounds the outputs of query, key, intermediate and pooler once more; we do not: a product leaves in float32.
 
 Shapes as in model.py, and: out, in = sizes of a Linear; R x C = pruning block, R outputs by C inputs.
 """
@@ -249,7 +249,7 @@ def integer_forward(x, packed):
 # A mask in the fewest bytes: its bits, or the distances between the blocks that live
 
 def write_gaps(keep):
-    """bool (n,) -> uint8 (bytes,): the width w, 2 to 8, whichever is shortest; then numbers of w bits, lowest bit first.
+    """bool (n,) -> uint8 (bytes,): the width w, 2 to 8, whichever is shortest; then numbers of w bits, low bits first.
 
     A number below top = 2^w - 1 is so many dead blocks and then a living one; top is `top` dead blocks. An imagined
     living block n ends the list. With 90 % dead this takes half the bytes of a bit per block, and 8 % more than the
@@ -283,7 +283,10 @@ def read_gaps(packed, count):
         numbers |= bits[:, place] << place
     living = numbers < 2 ** width - 1
     ends = np.cumsum(numbers + living, dtype=np.int64)[living]      # number of blocks up to each living one
-    if not len(ends) or ends[-1] != count + 1 or int(living[::-1].argmax()) * width > 7:       # more than padding
+    if not len(ends) or ends[-1] != count + 1:
+        return None
+    used = (len(living) - int(living[::-1].argmax())) * width       # bits, to the last living one: block `count`
+    if (used + 7) // 8 != len(packed) - 1:
         return None
     keep = np.zeros(count, dtype=bool)
     keep[ends[:-1] - 1] = True
@@ -328,9 +331,9 @@ def round_embeddings(model):
 #     mask_bits uint8    (ceil(blocks / 8),), or mask_gaps uint8 (bytes,) where that is shorter
 #     weight_scale float32 (out,)   bias float32 (out,)   input_scale float32 ()   input_zero_point int32 ()
 # Per embedding values int8 (rows, H) and weight_scale float32 (rows,), or weight float32 (rows, H); every other tensor
-# of the model in float32. Header metadata: format_version, activation_bits, weight_scales, embeddings (int8 or float32),
-# pattern (the kinds that occur) and what the writer adds. Beside config.json and the tokenizer it is all that inference
-# needs.
+# of the model in float32. Header metadata: format_version, activation_bits, weight_scales, embeddings (int8 or
+# float32), pattern (the kinds that occur) and what the writer adds. Beside config.json and the tokenizer it is all that
+# inference needs.
 
 def layer_tensors(layer, stem):
     """One Linear under `prepare` -> ({published name: tensor}, its pattern). stem: its name with the dot."""
@@ -444,9 +447,10 @@ def check_claims(config, tensors, metadata, path):
     if config.num_hidden_layers > len(tensors):
         raise InputError(f"{path} holds {len(tensors)} tensors, too few for the {config.num_hidden_layers} layers of "
                          f"config.json")
-    if max(config.hidden_size, config.intermediate_size) > MAX_INPUTS:
-        raise InputError(f"{path}: a layer of {max(config.hidden_size, config.intermediate_size)} inputs, as config.json "
-                         f"has it, may overflow an int32; {MAX_INPUTS} are possible")
+    widest = max(config.hidden_size, config.intermediate_size)
+    if widest > MAX_INPUTS:
+        raise InputError(f"{path}: sums over {widest} inputs, as config.json has it, may overflow an int32; "
+                         f"{MAX_INPUTS} are possible")
 
 
 def take(tensors, name, dtype, shape, path):
