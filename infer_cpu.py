@@ -652,7 +652,7 @@ def deflated_bytes(path):
 def size_report(directory, engine="auto"):
     """Every figure of --size, exact, in bytes. engine fp32 means the plain file, also where there is a packed one."""
     directory = Path(directory)
-    kind, config, _ = quant.kind_of(directory)
+    config, _ = network.read_config(directory)          # of any architecture: a bare backbone has a size too
     quantized = engine in ("int8", "sparse") or engine == "auto" and (directory / "int8.safetensors").is_file()
     if quantized:
         entries, shapes = packed_tensors(directory)
@@ -691,7 +691,7 @@ def print_size(report):
     for name, row in [*report["kinds"].items(), ("encoder's layers", report["encoder"]), ("all", report["tensors"])]:
         print(f"{name:<17}" + "".join(f"{row[column]:>14,}" for column in SIZES)
               + f"{times_smaller(ratio(row['dense_bytes'], row['stored_bytes'])):>14}")
-    print(f"{'header':<17}{report['header_bytes']:>98,}\n{'whole file':<17}{report['file_bytes']:>98,}\n")
+    print(f"{'header, copies':<17}{report['header_bytes']:>98,}\n{'whole file':<17}{report['file_bytes']:>98,}\n")
     encoder, ratios = report["encoder"], report["ratios"]
     dense, file = encoder["dense_bytes"], report["dense_file_bytes"]
     lines = [("values_only", "encoder, values only (the paper's count)", dense, encoder["value_bytes"]),
