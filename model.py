@@ -7,6 +7,7 @@ Shapes, everywhere in this project:
     C = number of classes   F = intermediate_size
 """
 import contextlib
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,8 +56,8 @@ class ModelConfig:
 
 
 PRESETS = {
-    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=512, max_position_embeddings=128, initializer_range=0.05),
+    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+                        intermediate_size=256, max_position_embeddings=128, initializer_range=0.05),
     "minilm-l6": ModelConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "distilbert-base": ModelConfig(model_type="distilbert", num_hidden_layers=6, type_vocab_size=0,
                                    classifier_dropout=0.2),
@@ -347,21 +349,28 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """tensors: dict name -> tensor of any dtype in DTYPES; metadata: dict of strings."""
+def safetensors_header(tensors, metadata=None):
+    """(the bytes that stand before the tensors, the names in the order of their bytes). The tensors may be on torch's
+    'meta' device: nothing but their dtypes and shapes is read."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header, chunks, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, [], 0
+    header, names, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, [], 0
     # Widest elements first, so that every tensor starts at a multiple of its element's size.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        data = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else
-                b"")
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + len(data)]}
-        offset += len(data)
-        chunks.append(data)
+                        "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+        names.append(name)
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    write_file(path, b"".join([len(head).to_bytes(8, "little"), head, *chunks]))
+    return len(head).to_bytes(8, "little") + head, names
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """tensors: dict name -> tensor of any dtype in DTYPES; metadata: dict of strings."""
+    head, names = safetensors_header(tensors, metadata)
+    chunks = [tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+              for name in names if tensors[name].numel()]
+    write_file(path, b"".join([head, *chunks]))
 
 
 def read_safetensors(path):
@@ -384,13 +393,18 @@ def read_safetensors(path):
             for name, entry in header.items():
                 if name != "__metadata__":
                     (begin, end), shape = entry["data_offsets"], entry["shape"]
-                    if any(type(number) is not int or not 0 <= number < 2 ** 62 for number in (begin, end, *shape)):
+                    # The product without zeros: torch computes strides even of a tensor without elements.
+                    if (type(shape) is not list or len(shape) > 8
+                            or any(type(number) is not int or not 0 <= number < 2 ** 62
+                                   for number in (begin, end, *shape))
+                            or math.prod(number or 1 for number in shape) >= 2 ** 62):
                         raise ValueError(f"tensor '{name}' has shape {shape} and offsets {begin}, {end}")
                     entries[name] = DTYPES[entry["dtype"]], shape, begin, end
             metadata = dict(header.get("__metadata__") or {})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(damaged + f"its header cannot be read ({type(error).__name__}: {error})") from None
-        data = bytearray(file.read())
+        data = bytearray(size - 8 - length)
+        file.readinto(data)             # into place: read() and a copy would take twice the memory
     expected = 0
     for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
         if end - begin != math.prod(shape) * dtype.itemsize or begin != expected:
@@ -519,54 +533,171 @@ def save(model, directory, labels=None, compression=None):
 
 def pack_bits(mask):
     """bool tensor -> uint8 (ceil(numel / 8),), the first element in the lowest bit."""
-    bits = F.pad(mask.flatten().to(torch.uint8).cpu(), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
 
 
 def unpack_bits(packed, shape):
-    """The inverse of pack_bits."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[:math.prod(shape)].bool().view(shape)
+    """The inverse of pack_bits, for a tensor on the CPU."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool).view(shape)
 
 
-def read_weights(directory):
-    """All tensors of model.safetensors or pytorch_model.bin by their published names, backbone prefix and old spellings
-    normalized, buffers and copies of the tied decoder removed. Returns (dict, path of the file)."""
-    directory = Path(directory)
-    _, raw = read_config(directory)
-    path = directory / "model.safetensors"
-    if path.is_file():
-        tensors, _ = read_safetensors(path)
-    else:
-        path = directory / "pytorch_model.bin"
-        if not path.is_file():
-            raise InputError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
-                raise TypeError("not every entry is a tensor with a name")
-        except Exception as error:          # torch raises many kinds here, and all mean: no plain checkpoint
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path} cannot be read as a dictionary of tensors: {reason}") from None
-    prefix = raw["model_type"] + "."
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",       # the first that is there is read
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@functools.lru_cache
+def fetch(name):
+    """A model of the HuggingFace hub, 'owner/name' -> the folder where the hub's own cache keeps it.
+
+    Only what is read here is fetched, with the hub's progress bars: config.json, the tokenizer, and the first of
+    WEIGHT_FILES. InputError, one sentence, for a person who is offline or mistyped the name.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()         # its five retries without a network are no news
+
+        config = Path(hf_hub_download(name, "config.json"))
+        revision = config.parent.name         # the commit, so that every file is of the same one
+
+        def get(file):
+            with contextlib.suppress(EntryNotFoundError):          # not in this model; offline: not in the cache
+                return Path(hf_hub_download(name, file, revision=revision))
+
+        tokenizer = [get(file) for file in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")]
+        weights = next(filter(None, map(get, WEIGHT_FILES)), None)
+        if weights is None or not any(tokenizer[1:]):
+            raise FileNotFoundError("its weights or its vocabulary are not there")
+        if weights.suffix == ".json":
+            for file in sorted(set(read_json(weights)["weight_map"].values())):
+                hf_hub_download(name, file, revision=revision)
+    except Exception as error:                # network, hub and cache raise many kinds, and all mean: it is not here
+        kind, first_line = type(error).__name__, str(error).strip().split("\n")[0].rstrip(".")
+        reason = {"RepositoryNotFoundError": "it has no public model of that name",
+                  "LocalEntryNotFoundError": "it cannot be reached"}.get(kind, first_line or kind)
+        raise InputError(f"{name} is no folder here and could not be fetched from the HuggingFace hub ({reason}); "
+                         f"check the name, or put its config.json, vocab.txt and model.safetensors or pytorch_model.bin "
+                         f"into the folder {Path(name).absolute()} and type the same command again") from None
+    return config.parent
+
+
+def locate(name):
+    """A model as a person names it, a folder or 'owner/name' of the HuggingFace hub -> its folder (Path)."""
+    if Path(name).is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        return Path(name)
+    return fetch(str(name))
+
+
+def read_tensors(directory):
+    """The tensors of the first of WEIGHT_FILES that is there, by the names they have in it; an index stands for all the
+    files that it lists. Returns (dict, path). InputError names what is missing or damaged."""
+    path = next((path for path in (Path(directory) / name for name in WEIGHT_FILES) if path.is_file()), None)
+    if path is None:
+        raise InputError(f"{directory} holds neither model.safetensors nor pytorch_model.bin, whole or with an index")
+    if path.suffix != ".json":
+        return read_weight_file(path), path
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file
+                                              for file in files.values()):
+        raise InputError(f"{path} has no weight_map from names of tensors to files of its own folder")
+    tensors = {}
+    for file in sorted(set(files.values())):
+        tensors.update(read_weight_file(path.with_name(file)))
+    lost = [name for name in files if name not in tensors]
+    if lost:
+        raise InputError(f"{path} lists {len(lost)} tensors that its files do not hold: {names_in_short(lost)}")
+    return tensors, path
+
+
+def read_weight_file(path):
+    """A .safetensors file, or one that torch.save wrote, as a dict of tensors; of a pickle nothing else is loaded."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
+            raise TypeError("not every entry is a tensor with a name")
+    except Exception as error:          # torch raises many kinds here, and all mean: no plain checkpoint
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read as a dictionary of tensors: {reason}") from None
+    return tensors
+
+
+# What training with the paper's reference code leaves in a file beside the model: its teacher (distiller.py there), and
+# the state of its fake quantization (quantization/qat.py).
+LEFTOVERS = re.compile(r"_?teacher\.|.*\.(weight|input|output)_fake_quant\.|.*\.(_step|fake_quant_enabled)$")
+
+
+def read_weights(directory, say=print):
+    """All weights of a model directory by their published names: backbone prefix and old spellings normalized, masks
+    multiplied in, what training left there, buffers and copies of the tied decoder removed.
+
+    say: told what was left out or changed. Returns (dict, path of the file).
+    """
+    model_type = read_config(directory)[0].model_type
+    tensors, path = read_tensors(directory)
+    prefix = model_type + "."
     bare = not any(name.startswith(prefix) for name in tensors)
-    found = {}
+    found, leftovers = {}, []
     for name, tensor in tensors.items():
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if bare and name.split(".")[0] in ("embeddings", "encoder", "transformer", "pooler"):
             name = prefix + name
-        if not name.endswith("position_ids"):
+        if LEFTOVERS.match(name):
+            leftovers.append(name)
+        elif not name.endswith("position_ids"):
             found[name] = tensor
-    word = found.get(published_name(raw["model_type"], "encoder.word.weight"))
-    bias = published_name(raw["model_type"], "bias")
-    weight_copy, bias_copy = TIED_DECODER[raw["model_type"]]
-    copy = found.pop(weight_copy, None)
-    if copy is not None and word is not None and not torch.equal(copy, word):
-        raise InputError(f"{path}: '{weight_copy}' differs from the word embeddings; this network ties the two")
+    if leftovers:
+        say(f"{path}: leaves out {len(leftovers)} tensors that training left there: {names_in_short(leftovers, 3)}")
+    strange = [name for name, tensor in found.items() if tensor.layout != torch.strided
+               or not (tensor.is_floating_point() or name.endswith("_mask"))]
+    if strange:
+        raise InputError(f"{path}: {names_in_short(strange)} should hold floating-point numbers, and '{strange[0]}' "
+                         f"holds {found[strange[0]].dtype}")
+    multiply_masks(found, path, say)
+    drop_tied_copies(found, model_type)
+    others = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.values()} - {"float32"})
+    if others:
+        say(f"{path}: holds {' and '.join(others)} numbers; the model computes with them in float32")
+    return found, path
+
+
+def multiply_masks(found, path, say):
+    """W = W_original * W_mask: so the paper's reference code stores a weight while it is being pruned
+    (pruning/methods/method.py there). In place. A mask beside a plain W is multiplied into that."""
+    masked = [name.removesuffix("_mask") for name in found if name.endswith("_mask")]
+    for name in masked:
+        mask = found.pop(name + "_mask")
+        weight = found.pop(name + "_original", found.get(name))
+        if weight is None or weight.shape != mask.shape or not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(f"{path}: '{name}_mask' does not hold a 0 or 1 for each number of '{name}'")
+        found[name] = weight * mask
+    if masked:
+        say(f"{path}: was saved while it was being pruned; {len(masked)} weights are taken times their masks")
+
+
+def drop_tied_copies(found, model_type):
+    """Remove the decoder's copies of the word embeddings and of the bias. In place; a decoder that differs stays."""
+    word = found.get(published_name(model_type, "encoder.word.weight"))
+    bias = published_name(model_type, "bias")
+    weight_copy, bias_copy = TIED_DECODER[model_type]
+    if weight_copy in found and word is not None and torch.equal(found[weight_copy], word):
+        del found[weight_copy]
     if bias_copy in found:
         found.setdefault(bias, found.pop(bias_copy))
-        found.pop(bias_copy, None)
-    return found, path
+
+
+def is_head(name, model_type):
+    """Is this published name one of a task's own layers, which a model for another task has no place for? The pooler
+    and a decoder of its own count as such."""
+    heads = ("encoder.pooler", "transform", "transform_norm", "bias", "next_sentence", "pre_classifier", "classifier",
+             "span")
+    published = [NAMES[model_type][ours] for ours in heads if ours in NAMES[model_type]]
+    return name in (*published, TIED_DECODER[model_type][0]) or name.startswith(tuple(head + "." for head in published))
 
 
 def load(directory, kind, num_labels=None, fresh_head=False, say=print):
@@ -577,11 +708,14 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
     num_labels: classes of a classification head; None takes the directory's.
     Raises InputError naming the file and the tensors.
     """
-    config, raw = read_config(directory)
-    found, path = read_weights(directory)
+    config, _ = read_config(directory)
+    found, path = read_weights(directory, say)
+    decoder = TIED_DECODER[config.model_type][0]
+    if decoder in found and kind == "pretraining":
+        raise InputError(f"{path}: '{decoder}' differs from the word embeddings; this network ties the two")
     if kind == "classification" and num_labels is None:
         head = found.get("classifier.weight")
-        if head is None:
+        if head is None or head.ndim != 2:
             raise InputError(f"{path} has no classifier; give a directory that was fine-tuned on a classification task")
         num_labels = head.shape[0]
     model = build(config, kind, num_labels or 2)
@@ -591,13 +725,10 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
                  if not (name in wanted and name.startswith("classifier.") and tensor.shape != wanted[name].shape)}
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
-    heads = tuple(NAMES[config.model_type].get(ours, "-") for ours in
-                  ("encoder.pooler", "transform", "transform_norm", "bias", "next_sentence", "pre_classifier",
-                   "classifier", "span"))
-    fatal = [name for name in missing if not (fresh_head and name.startswith(heads))]
+    fatal = [name for name in missing if not (fresh_head and is_head(name, config.model_type))]
     if fatal:
         raise InputError(f"{path} lacks {len(fatal)} of the model's {len(wanted)} tensors: {names_in_short(fatal)}")
-    strange = [name for name in unexpected if not name.startswith(heads)]
+    strange = [name for name in unexpected if not is_head(name, config.model_type)]
     if strange:
         raise InputError(f"{path} holds {len(strange)} tensors that this model has no place for: "
                          f"{names_in_short(strange)}")

@@ -175,14 +175,20 @@ def update_masks(model, step, ramp, pattern):
 
 
 @torch.no_grad()
-def lock(model):
+def lock(model, hints=()):
     """Pattern lock (arXiv 2111.05754, section 3.3): M = 1 where W != 0, so no gradient reaches a zero.
 
-    A stored mask is taken as it is; a layer without one (a model from elsewhere) gets its mask from its zeros.
+    A stored mask is taken as it is; a layer without one (a model from elsewhere) gets its mask from its zeros. In a
+    model of blocks, a single zero inside a living block is a weight that was rounded to zero, and stays free.
+    hints: as in find_pattern.
     """
     for _, layer in prunable(model):
         if bool(layer.mask.all()):
             layer.mask.copy_(layer.weight != 0)
+    pattern = find_pattern([layer.mask for _, layer in prunable(model)], hints)
+    if pattern and pattern.rows * pattern.columns > 1:
+        for _, layer in prunable(model):
+            tiles(layer.mask, pattern)[:] = tiles(layer.mask, pattern).amax((1, 3), keepdim=True)
     burn_in(model)
 
 
@@ -195,6 +201,46 @@ def burn_in(model):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counting what is there
+
+KINDS = ("query", "key", "value", "attention_output", "intermediate", "output", "pooler")       # of prunable layers
+
+
+def tiles(mask, pattern):
+    """(out, in) -> a view (out / R, R, in / C, C), with R x C the pattern's block or 1 x its group."""
+    rows, columns = pattern.rows, pattern.group or pattern.columns
+    return mask.view(mask.shape[0] // rows, rows, mask.shape[1] // columns, columns)
+
+
+def whole_blocks(mask, pattern):
+    """How many blocks of a mask bool (out, in) live whole, and how many are wholly zero: (int, int)."""
+    blocks = tiles(mask.view(torch.uint8), pattern)             # minimum and maximum are slower over bool
+    return int(blocks.amin((1, 3)).sum()), int((blocks.amax((1, 3)) == 0).sum())
+
+
+def fits(mask, pattern):
+    """Is the mask bool (out, in) made of the pattern's blocks or groups? One weight in a thousand may break a block:
+    where a file was rounded to 16 bits, a few of its smallest weights became zero."""
+    if mask.shape[0] % pattern.rows or mask.shape[1] % (pattern.group or pattern.columns):
+        return False
+    if pattern.group:
+        return bool((tiles(mask, pattern).sum(3) == pattern.keep).all())
+    alive, dead = whole_blocks(mask, pattern)
+    size, kept = pattern.rows * pattern.columns, int(mask.sum())
+    return size * alive >= 0.999 * kept and size * dead >= 0.999 * (mask.numel() - kept)
+
+
+def find_pattern(masks, hints=()):
+    """The Pattern that masks, bool (out, in) each, are made of; None if nothing in them is pruned.
+
+    hints: Patterns to try first, as a person names them or a directory records them; then 1x4 and 4x1 are tried; what
+    is left is unstructured. Masks without a zero (a fresh pooler) say nothing.
+    """
+    masks = [mask for mask in masks if not bool(mask.all())]
+    if not masks:
+        return None
+    candidates = [pattern for pattern in (*hints, Pattern(1, 4), Pattern(4, 1)) if pattern != Pattern()]
+    return next((pattern for pattern in candidates if all(fits(mask, pattern) for mask in masks)), Pattern())
+
 
 def report(model):
     """[(layer name, weights, zeros)] of the prunable layers, recounted from the tensors as the forward pass uses
@@ -217,3 +263,21 @@ def format_report(rows):
     for name, weights, zeros in [*rows, total]:
         lines.append(f"{name:<{width}} {weights:>12,} {zeros:>12,} {zeros / weights:>9.4%}")
     return "\n".join(lines)
+
+
+def format_kinds(model):
+    """The zeros of each kind of layer, and the share of blocks, of four inputs (1x4) and of four outputs (4x1), that
+    are wholly zero or wholly kept: 100 % in the orientation a model was pruned in. A list of lines."""
+    lines = [f"{'kind of layer':<17}{'weights':>12}{'zeros':>12}{'sparsity':>10}{'whole 1x4':>11}{'whole 4x1':>11}"]
+    for kind in KINDS:
+        masks = [layer.mask & (layer.weight != 0) for name, layer in prunable(model) if name.split(".")[-1] == kind]
+        if masks:
+            weights, kept = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
+            line = f"{kind:<17}{weights:>12,}{weights - kept:>12,}{1 - kept / weights:>10.2%}"
+            for pattern in (Pattern(1, 4), Pattern(4, 1)):
+                if masks[0].shape[0] % pattern.rows or masks[0].shape[1] % pattern.columns:
+                    line += f"{'-':>11}"
+                else:
+                    line += f"{4 * sum(sum(whole_blocks(mask, pattern)) for mask in masks) / weights:>11.2%}"
+            lines.append(line)
+    return lines

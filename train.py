@@ -50,8 +50,9 @@ HERE = Path(__file__).resolve().parent
 class Settings:
     stage: str = "all"                # which stage to run
     preset: str = ""                  # size and recipe; default: the size of --init, else tiny
-    init: str = ""                    # model directory to start from, or 'random'; default: the parent stage's
-    teacher: str = ""                 # model directory to distil from, or 'none'; default: the parent stage's
+    recipe: str = ""                  # size, pattern and hyper-parameters of a published model; 'help' lists them
+    init: str = ""                    # model to start from: folder, owner/name on the hub, or 'random'; default: parent
+    teacher: str = ""                 # model to distil from: folder, owner/name on the hub, or 'none'; default: parent
     out: str = ""                     # folder under which the stages' directories lie; default: out/PRESET
     resume: bool = False              # go on from the last checkpoint; finished stages are kept as they are
     corpus: str = "tiny"              # text for pretrain and prune: 'tiny', a file or folder of text, a Wikipedia dump
@@ -81,54 +82,119 @@ class Settings:
     weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
     precision: str = "auto"           # fp32, bf16 (autocast), or auto: bf16 if the device multiplies it; QAT is fp32
     seed: int = 0                     # of weights, batches, dropout and masking
-    threads: int | None = None        # CPU threads; default: as many as there are cores
+    threads: int | None = None        # CPU threads; default: one for each core this process may use
     device: str = "cpu"               # cpu, cuda or mps
     save_every: int | None = None     # steps between checkpoints; default: every 5 minutes
     log_every: int = 10               # steps between two lines of log.csv
 
 
-CHOICES = {
-    "stage": ("pretrain", "prune", "finetune", "quantize", "evaluate", "all"), "preset": tuple(network.PRESETS),
-    "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_positions": ("all", "masked"),
-    "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
-    "activation_bits": (7, 8),
-}
+LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
 NOT_PART_OF_THE_RUN = ("resume", "threads", "save_every", "log_every", "out")      # may differ when a run is resumed
 
-# What differs from the field defaults, per preset and kind of training. 'dense' is the fine-tuning of a task teacher;
-# 'dense squad' and the like are laid over it. Published values: arXiv 2111.05754 and its reference code (100,000 steps
-# of 256 x 512, warm-up 1 %, temperature 2, both loss weights 0.5); its pre-training learning rate is not published.
-# Transfer: Intel's reproduction (batch 32, 9 epochs at 1e-4, teacher only; SQuAD batch 12, 8 epochs at 1.5e-4; QAT at
-# 1e-5).
+# What differs from the field defaults, per recipe and kind of training. 'dense' is the fine-tuning of a task teacher;
+# 'dense squad' and the like are laid over it. Where the numbers come from:
+#   [1] arXiv 2111.05754, the paper; the appendix with its hyper-parameters was not to be found
+#   [2] IntelLabs/Model-Compression-Research-Package: research/prune-once-for-all/teacher_preparation.sh and
+#       student_pruning.sh, and the config/iterative_unstructured_magnitude_90_config.json that they name
+#   [3] intel/neural-compressor 1.14: optimization_pipeline/prune_once_for_all/fx/README.md under question-answering and
+#       text-classification; Intel's reproduction for BERT-Base 90 %, all five tasks
+#   [4] huggingface/optimum-intel 73640b1b0: examples/neural_compressor, README.md of question-answering and
+#       text-classification; the same for DistilBERT 90 %, SQuAD and SST-2
+#   [5] neuralmagic/mlperf_inference_results_v2.1: open/NeuralMagic/prune-ofa_large.md; BERT-Large 80 % 1x4
+#   [6] arXiv 1810.04805 (BERT), appendix A.3: the ranges for fine-tuning a dense model
 PAPER = {
-    "pretrain": dict(steps=100_000, batch_size=256, max_len=512, lr=1e-4),
-    "prune": dict(steps=100_000, batch_size=256, max_len=512, lr=1e-4),
-    "dense": dict(epochs=3, lr=2e-5, warmup=0.1),
+    # 100,000 steps of 256 rows, 1 % warm-up, decay 0.01 [2]; rows as long as the model takes them [1]. The learning
+    # rate is not published: [2] leaves it at its library's 5e-5, oBERT (arXiv 2203.07259) takes 1e-4 for its teacher.
+    "pretrain": dict(steps=100_000, batch_size=256, max_len=512, lr=1e-4, warmup=0.01, weight_decay=0.01),
+    # The same again, half the loss from the teacher at temperature 2; of 100,000 steps the ramp takes 50,000, masks are
+    # re-selected until 80,000, every 1,000 [2]. BERT-Large: "the same hyper-parameters" [5]; DistilBERT: not published.
+    "prune": dict(steps=100_000, batch_size=256, max_len=512, lr=1e-4, warmup=0.01, weight_decay=0.01, kd_weight=0.5,
+                  temperature=2.0, ramp_end=0.5, update_end=0.8, update_every=0.01),
+    # Task teachers: not published ([3] and [4] download theirs). Epochs, rows and lengths: [2]'s examples; rate: [6].
+    "dense": dict(epochs=3, batch_size=32, max_len=128, lr=2e-5, warmup=0.1),
     "dense squad": dict(epochs=2, batch_size=12, max_len=384, lr=3e-5),
-    "finetune": dict(epochs=9, lr=1e-4, warmup=0.0, weight_decay=0.0, kd_weight=1.0),
+    # Everything [3], at 85 % and 1x4 not published; no decay or warm-up there, and only the teacher counts.
+    "finetune": dict(epochs=9, batch_size=32, max_len=128, lr=1e-4, warmup=0.0, weight_decay=0.0, kd_weight=1.0,
+                     temperature=2.0),
     "finetune squad": dict(epochs=8, batch_size=12, max_len=384, lr=1.5e-4),
-    "quantize": dict(epochs=3, lr=1e-5, warmup=0.0, weight_decay=0.0, kd_weight=1.0),
+    "quantize": dict(epochs=3, batch_size=32, max_len=128, lr=1e-5, warmup=0.0, weight_decay=0.0, kd_weight=1.0,
+                     temperature=2.0),
     "quantize squad": dict(epochs=2, batch_size=12, max_len=384),
+}
+DISTILBERT = {
+    **PAPER,
+    # [4] for SST-2 and SQuAD; for the other tasks nothing is published, so they have SST-2's numbers. The teacher's
+    # share is not published either: [3]'s.
+    "finetune": dict(epochs=9, batch_size=32, max_len=128, lr=1.5e-4, warmup=0.0, weight_decay=0.0, kd_weight=1.0),
+    "finetune squad": dict(epochs=8, batch_size=12, max_len=384, lr=1.8e-4, warmup=0.05, weight_decay=0.01),
+    "quantize": dict(epochs=3, batch_size=32, max_len=128, lr=1e-6, warmup=0.01, weight_decay=0.01, kd_weight=1.0),
+    "quantize squad": dict(epochs=2, batch_size=12, max_len=384, lr=1e-5, warmup=0.1, weight_decay=0.0),
 }
 RECIPES = {
     "tiny": {
-        "pretrain": dict(steps=2000, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "prune": dict(steps=1200, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "dense": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0),
-        "finetune": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "pretrain": dict(steps=1500, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "prune": dict(steps=1000, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "dense": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0),
+        "finetune": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "finetune squad": dict(lr=1e-3),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
     },
     "minilm-l6": {
         "pretrain": dict(dropout=0.0, steps=1000, batch_size=32, max_len=128, lr=2e-4),
-        "prune": dict(dropout=0.0, steps=800, batch_size=32, max_len=128, lr=3e-4, kd_positions="masked"),
+        "prune": dict(dropout=0.0, steps=500, batch_size=32, max_len=128, lr=5e-4, kd_positions="masked"),
         "dense": dict(epochs=1, max_len=128, lr=5e-5, warmup=0.06),
         "dense squad": dict(epochs=1, max_len=384, lr=1e-4),
-        "finetune": dict(epochs=2, max_len=128, lr=1e-4, warmup=0.02, kd_weight=1.0),
-        "finetune squad": dict(epochs=2, max_len=384, lr=1.5e-4),
-        "quantize": dict(epochs=0.5, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
-        "quantize squad": dict(epochs=0.5, max_len=384),
+        "finetune": dict(epochs=1, max_len=128, lr=1e-4, warmup=0.02, kd_weight=1.0),
+        "finetune squad": dict(epochs=1, max_len=384, lr=1.5e-4),
+        "quantize": dict(epochs=0.25, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
+        "quantize squad": dict(epochs=0.25, max_len=384),
     },
-    "distilbert-base": PAPER, "bert-base": PAPER, "bert-large": PAPER,
+    "distilbert-base": DISTILBERT, "bert-base": PAPER, "bert-large": PAPER,
+
+    # The published models. 'model' holds for every stage; 'pretrain' prepares the dense model that was published [1].
+    "bert-base-85-unstructured": {
+        **PAPER, "model": dict(preset="bert-base", pattern="unstructured", sparsity=0.85),
+        "pretrain": dict(**PAPER["pretrain"], init="google-bert/bert-base-uncased"),
+        "published": ["bert-base-uncased-sparse-85-unstructured-pruneofa"]},
+    "bert-base-90-unstructured": {
+        **PAPER, "model": dict(preset="bert-base", pattern="unstructured", sparsity=0.9),
+        "pretrain": dict(**PAPER["pretrain"], init="google-bert/bert-base-uncased"),
+        "published": ["bert-base-uncased-sparse-90-unstructured-pruneofa"]},
+    # After the paper, of which nothing is published but the models: the numbers are those of the unstructured one.
+    "bert-base-80-1x4": {
+        **PAPER, "model": dict(preset="bert-base", pattern="1x4", sparsity=0.8),
+        "pretrain": dict(**PAPER["pretrain"], init="google-bert/bert-base-uncased"),
+        "published": ["bert-base-uncased-sparse-80-1x4-block-pruneofa",
+                      "bert-base-uncased-squadv1.1-sparse-80-1x4-block-pruneofa"]},
+    # Wikipedia and BookCorpus [5]. SQuAD: 32 rows as 4 x 8 of 384 tokens [5]; epochs and rate not published (a recipe
+    # that [5] downloads), so [3]'s for BERT-Base.
+    "bert-large-80-1x4": {
+        **PAPER, "model": dict(preset="bert-large", pattern="1x4", sparsity=0.8),
+        "pretrain": dict(**PAPER["pretrain"], init="google-bert/bert-large-uncased"),
+        "finetune squad": dict(epochs=8, batch_size=32, micro_batch=8, max_len=384, lr=1.5e-4),
+        "quantize squad": dict(epochs=2, batch_size=32, micro_batch=8, max_len=384),
+        "published": ["bert-large-uncased-sparse-80-1x4-block-pruneofa",
+                      "bert-large-uncased-squadv1.1-sparse-80-1x4-block-pruneofa"]},
+    # Transfer: not published, so [3]'s for BERT-Base.
+    "bert-large-90-unstructured": {
+        **PAPER, "model": dict(preset="bert-large", pattern="unstructured", sparsity=0.9),
+        "pretrain": dict(**PAPER["pretrain"], init="google-bert/bert-large-uncased"),
+        "published": ["bert-large-uncased-sparse-90-unstructured-pruneofa"]},
+    "distilbert-base-85-unstructured": {
+        **DISTILBERT, "model": dict(preset="distilbert-base", pattern="unstructured", sparsity=0.85),
+        "pretrain": dict(**PAPER["pretrain"], init="distilbert/distilbert-base-uncased"),
+        "published": ["distilbert-base-uncased-sparse-85-unstructured-pruneofa"]},
+    "distilbert-base-90-unstructured": {
+        **DISTILBERT, "model": dict(preset="distilbert-base", pattern="unstructured", sparsity=0.9),
+        "pretrain": dict(**PAPER["pretrain"], init="distilbert/distilbert-base-uncased"),
+        "published": ["distilbert-base-uncased-sparse-90-unstructured-pruneofa"]},
+}
+CHOICES = {
+    "stage": ("pretrain", "prune", "finetune", "quantize", "evaluate", "all"), "preset": tuple(network.PRESETS),
+    "recipe": (*(name for name in RECIPES if "published" in RECIPES[name]), "help"),
+    "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_positions": ("all", "masked"),
+    "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
+    "activation_bits": (7, 8),
 }
 
 
@@ -169,22 +235,32 @@ def resolve(typed, stage=None):
     typed: dict of what the command line named. Returns Settings. Raises InputError.
     """
     s = Settings(**{**typed, "stage": stage or typed.get("stage", "all")})
+    model = RECIPES[s.recipe]["model"] if s.recipe else {}
     if not s.preset:
-        s.preset = preset_of(s.init) if s.init not in ("", "random") else "tiny"
+        shape = preset_of(network.locate(s.init)) if s.init not in ("", "random") else ""
+        s.preset = model.get("preset") or shape or "tiny"
+        if shape not in ("", s.preset):
+            raise InputError(f"--recipe {s.recipe} is for {s.preset}, and {s.init} is a {shape}; take another of the "
+                             f"two, or give --preset {shape} as well")
     kind = "dense" if s.stage == "finetune" and s.sparsity == 0 else s.stage
-    recipe = {**RECIPES[s.preset].get(kind, {}), **RECIPES[s.preset].get(f"{kind} {s.task}", {})}
+    recipe = RECIPES[s.recipe or s.preset]
+    recipe = {**model, **recipe.get(kind, {}), **recipe.get(f"{kind} {s.task}", {})}
     if "steps" in typed or "epochs" in typed:
         recipe = {name: value for name, value in recipe.items() if name not in ("steps", "epochs")}
     s = replace(s, **{name: value for name, value in recipe.items() if name not in typed})
     s.out = s.out or str(Path("out") / s.preset)
     pattern = prune.parse_pattern(s.pattern)
+    if s.stage == "pretrain" and typed.get("sparsity") is None:
+        s.sparsity = 0.0
     if s.sparsity != 0:
         s.sparsity = prune.resolve_sparsity(s.sparsity, pattern)
     s.mask = s.mask or allowed_masks(s)[0]
     s.micro_batch = s.micro_batch or s.batch_size
     s.activation_bits = s.activation_bits or quant.default_activation_bits()
-    s.threads = s.threads or os.cpu_count()
+    s.threads = s.threads or cores()
     check(s)
+    if s.mask == "locked" and s.init not in ("", "random"):
+        follow_zeros(s, {**recipe, **typed})
     if s.stage in ("quantize", "evaluate"):
         s.precision = "fp32"              # bf16 would round the very grid of a quantized model
     elif s.precision == "auto":
@@ -210,6 +286,35 @@ def preset_of(directory):
                      f"preset; name the recipe to use with --preset {'|'.join(network.PRESETS)}")
 
 
+def follow_zeros(s, chosen):
+    """Set pattern and sparsity of a locked stage to those of the zeros in --init, from the encoder's weights there.
+
+    chosen: dict of what recipe and command line say; InputError where that is something else.
+    """
+    directory = network.locate(s.init)
+    config, raw = network.read_config(directory)
+    weights, _ = network.read_weights(directory, say=lambda line: None)
+    names = [network.published_name(config.model_type, f"encoder.layers.{i}.{kind}.weight")
+             for i in range(config.num_hidden_layers) for kind in prune.KINDS if kind != "pooler"]
+    masks = [weights[name] != 0 for name in names if name in weights and weights[name].ndim == 2]
+    sparsity = 1 - sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
+    if not masks or sparsity < LEAST_SPARSITY:
+        return                                        # prepare_layers says that there is nothing to lock
+    recorded, hints = raw.get("compression"), []      # an earlier stage of ours wrote down its pattern, say 2:4
+    for name in (chosen.get("pattern"), recorded.get("pattern") if isinstance(recorded, dict) else None):
+        with contextlib.suppress(InputError, TypeError):
+            hints.append(prune.parse_pattern(name))
+    found = prune.find_pattern(masks, hints)
+    share = chosen.get("sparsity")
+    if "pattern" in chosen and found != hints[0] or share is not None and abs(share - sparsity) > 0.01:
+        words = [f"--{name} {chosen[name]}" for name in ("pattern", "sparsity") if chosen.get(name) is not None]
+        source = f" (of --recipe {s.recipe})" if s.recipe else ""
+        raise InputError(f"the zeros of {s.init} are {found} and {sparsity:.1%} of its encoder, and {' '.join(words)}"
+                         f"{source} is something else; leave that out to lock what is there, or give another --init")
+    s.pattern = str(found)
+    s.sparsity = share or (prune.resolve_sparsity(None, found) if found.group else round(sparsity, 2))
+
+
 def check(s):
     """InputError for a value outside its range."""
     def demand(good, name, expected):
@@ -232,6 +337,13 @@ def check(s):
         raise InputError("--steps and --epochs were both given; choose one")
     if s.stage in ("finetune", "quantize") and not s.task:
         raise InputError(f"--stage {s.stage} needs --task {'|'.join(tasks.TASKS)}")
+    if s.stage == "pretrain" and s.sparsity:
+        raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
+                         f"--stage prune")
+    upstream = s.stage in ("pretrain", "prune") or not s.task
+    if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
+        raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
+                         + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
     if s.mask not in allowed_masks(s):
@@ -242,6 +354,11 @@ def check(s):
         raise InputError(f"--device {s.device} is not available to this PyTorch; leave it out to run on the CPU")
     if s.precision == "bf16" and not has_bf16(s.device):
         raise InputError(f"--precision bf16: this {s.device} does not multiply bf16 in hardware; use --precision fp32")
+
+
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def has_bf16(device):
@@ -276,11 +393,11 @@ def parents_of(s):
 
     def parent(stage, given, flag):
         if given:
-            network.read_config(given)
-            return Path(given)
+            network.read_config(network.locate(given))
+            return network.locate(given)
         directory = directory_of(s, stage)
         if not (directory / "metrics.json").is_file():
-            common = f"--preset {s.preset} --out {s.out}"
+            common = (f"--recipe {s.recipe} " if s.recipe else "") + f"--preset {s.preset} --out {s.out}"
             raise InputError(f"{directory} has no finished run, which --stage {s.stage} starts from; make it with "
                              f"'python train.py {commands[stage]} {common}', or name another with --{flag}")
         return directory
@@ -346,7 +463,7 @@ def describe_run(s, init, teacher):
             "teacher": str(teacher) if teacher else None,
             "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
-            "machine": platform.machine(), "processor": network.processor_name(), "cores": os.cpu_count(),
+            "machine": platform.machine(), "processor": network.processor_name(), "cores": cores(),
             "system": platform.platform()}
 
 
@@ -372,6 +489,8 @@ def run_stage(s):
         teacher = network.load(teacher_directory, model.kind, **classes, say=notes.append)
         teacher.to(s.device).eval().requires_grad_(False)
     prepare_layers(s, model)
+    if init and prune.measured_sparsity(model) >= LEAST_SPARSITY:
+        notes += prune.format_kinds(model)
     s.steps = s.steps or max(1, round(s.epochs * len(data) / s.batch_size))
     s.epochs = None
     state = read_checkpoint(s, checkpoint) if s.resume and checkpoint.is_file() else None
@@ -440,10 +559,10 @@ def prepare_layers(s, model):
         network.set_dropout(model, s.dropout)
     prune.check_pattern(model, prune.parse_pattern(s.pattern))
     if s.mask == "locked":
-        prune.lock(model)
-        if not prune.measured_sparsity(model):
+        prune.lock(model, [prune.parse_pattern(s.pattern)])
+        if prune.measured_sparsity(model) < LEAST_SPARSITY:
             raise InputError(f"--stage {s.stage} locks the zeros of the model it starts from, and {s.init or 'that'} "
-                             f"has none; prune it first, or give --sparsity 0 for a dense model")
+                             f"has next to none; prune it first, or give --sparsity 0 for a dense model")
     if s.stage == "quantize":
         quant.prepare(model, s.activation_bits, s.weight_scales)
 
@@ -659,18 +778,21 @@ def run_evaluate(s):
     if not s.init:
         raise InputError("--stage evaluate needs --init DIR, the model directory to evaluate")
     torch.set_num_threads(s.threads)
-    config, raw = network.read_config(s.init)
+    init = network.locate(s.init)
+    config, raw = network.read_config(init)
     compression = raw.get("compression", {})
-    tokenizer = text.load_tokenizer(s.init)
+    tokenizer = text.load_tokenizer(init)
     if s.task:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, compression.get("max_len", s.max_len), splits=("dev",))
-        model = network.load(s.init, data.kind)
+        model = network.load(init, data.kind)
         if "activation_bits" in compression:
             quant.prepare(model, compression["activation_bits"], compression["weight_scales"])
     else:
         data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, s.max_len,
                                     next_sentence=config.model_type == "bert", seed=s.seed)
-        model = network.load(s.init, "pretraining")
+        model = network.load(init, "pretraining")
+    if prune.measured_sparsity(model) >= LEAST_SPARSITY:
+        print("\n".join(prune.format_kinds(model)))
     metrics = evaluate(s, model.to(s.device), data)
     print(f"{s.init}: {format_metrics(metrics)}, sparsity {prune.measured_sparsity(model):.4%}")
 
@@ -681,19 +803,19 @@ def run_evaluate(s):
 def run_all(typed):
     """Every stage in turn for every task, then the INT8 engine on the files they left, then one table."""
     started = time.monotonic()
-    base = resolve(typed, "pretrain")
-    shared = {**typed, "preset": base.preset, "out": base.out}
-    later = {name: value for name, value in shared.items() if name not in ("init", "teacher")}
-    chosen = [typed["task"]] if "task" in typed else list(tasks.TASKS)
-    run_stage(resolve({**shared, "task": "", "sparsity": None}, "pretrain"))
-    run_stage(resolve({**later, "task": ""}, "prune"))
+    base = resolve({**typed, "task": "", "sparsity": None}, "pretrain")
+    later = {name: value for name, value in typed.items() if name not in ("init", "teacher")}
+    later.update(preset=base.preset, out=base.out)
+    pruned = resolve({**later, "task": ""}, "prune")            # every mistake in the settings shows before step 0
+    chains = [(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"),
+               *(resolve({**later, "task": task}, stage) for stage in ("finetune", "quantize")))
+              for task in ([typed["task"]] if "task" in typed else tasks.TASKS)]
+    run_stage(base)
+    run_stage(pruned)
     lines = []
-    for task in chosen:
-        dense = run_stage(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"))
-        sparse = run_stage(resolve({**later, "task": task}, "finetune"))
-        quantized = resolve({**later, "task": task}, "quantize")
-        int8 = run_stage(quantized)
-        lines.append(table_line(task, dense, sparse, int8, run_engine(quantized, int8)))
+    for chain in chains:
+        dense, sparse, int8 = (run_stage(s) for s in chain)
+        lines.append(table_line(chain[-1].task, dense, sparse, int8, run_engine(chain[-1], int8)))
     table = "\n".join([TABLE_HEAD, *lines, f"{time.monotonic() - started:,.0f} s in all, {base.threads} threads, "
                        f"seed {base.seed}, {network.processor_name()}, torch {torch.__version__}"])
     print("\n" + table)
@@ -725,6 +847,68 @@ def table_line(task, dense, sparse, int8, engine):
             f"{engine['engine']}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --recipe help
+
+# Rows to train on: GLUE (arXiv 1804.07461), and SQuAD 1.1 cut into pieces of 384 word pieces, 128 apart.
+TRAINING_ROWS = {"sst2": 67_349, "mnli": 392_702, "qqp": 363_846, "qnli": 104_743, "squad": 88_524}
+GPU = {"bf16": 0.4 * 312e12, "fp32": 0.4 * 19.5e12}       # operations a second: 40 % of what an A100's data sheet says
+
+
+def operations(s):
+    """Floating-point operations of one stage on the full data, as many as there could be: every row --max-len long.
+
+    A multiply and an add are two. Backward counts as two forward passes, the teacher adds one. Zeros are multiplied
+    too: a mask saves nothing in training.
+    """
+    config = network.PRESETS[s.preset]
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    forward = layers * (2 * (4 * hidden ** 2 + 2 * hidden * config.intermediate_size) + 4 * hidden * s.max_len)
+    if not s.task:                  # the vocabulary: at every token where a teacher is asked about all, else at 15 %
+        everywhere = s.stage == "prune" and s.kd_positions == "all"
+        forward += 2 * hidden * (hidden + config.vocab_size) * (1 if everywhere else 0.15)
+    rows = s.steps * s.batch_size if s.steps else s.epochs * TRAINING_ROWS[s.task]
+    return (3 if s.stage == "pretrain" or s.mask == "dense" else 4) * forward * rows * s.max_len
+
+
+def recipe_table():
+    """What --recipe help prints: every recipe's stages with their hyper-parameters, operations and GPU-days."""
+    glue = [task for task in tasks.TASKS if task != "squad"]
+    stages = [("pretrain", "pretrain", [""], None), ("prune", "prune", [""], None)] + [
+        (f"{word} {name}", stage, names, sparsity)
+        for word, stage, sparsity in (("teacher", "finetune", 0.0), ("finetune", "finetune", None),
+                                      ("quantize", "quantize", None))
+        for name, names in (("GLUE", glue), ("SQuAD", ["squad"]))]
+    lines = []
+    for recipe in CHOICES["recipe"][:-1]:
+        size = RECIPES[recipe]["model"]
+        lines += [f"{recipe}: {size['preset']}, {size['pattern']}, {size['sparsity']:.0%} zeros; published as",
+                  *(f"    Intel/{name}" for name in RECIPES[recipe]["published"]),
+                  f"  {'stage':<15}{'how long':>14}{'rows':>6}{'tokens':>8}{'rate':>9}{'warm-up':>9}{'decay':>7}"
+                  f"{'operations':>12}{'GPU-days':>10}"]
+        days = 0.0
+        for label, stage, names, sparsity in stages:
+            typed = {"recipe": recipe, "stage": stage, "corpus": "-", "data": "-"}
+            typed.update({} if sparsity is None else {"sparsity": sparsity})
+            runs = [resolve({**typed, "task": name}) for name in names]
+            s, work = runs[0], sum(operations(run) for run in runs)
+            days += (cost := work / GPU["fp32" if stage == "quantize" else "bf16"] / 86_400)
+            length = f"{s.steps:,} steps" if s.steps else f"{s.epochs:g} epochs"
+            lines.append(f"  {label:<15}{length:>14}{s.batch_size:>6}{s.max_len:>8}{s.lr:>9.1e}{s.warmup:>9.0%}"
+                         f"{s.weight_decay:>7g}{work:>12.1e}{cost:>10.2g}")
+        lines.append(f"  {'all of it':<79}{days:>11.2g}\n")
+    return "\n".join(lines) + RECIPE_NOTES
+
+
+RECIPE_NOTES = """
+Operations: two for a multiply and an add; three forward passes a step and one for the teacher; every row as long as it
+may be, so real runs, whose rows are shorter, take less. GLUE is SST-2, MNLI, QQP and QNLI together. GPU-days: one A100
+at 40 % of its 312e12 operations a second in bf16, and of 19.5e12 in float32, in which quantize trains; the 40 % are an
+assumption, nobody has run these here. Which numbers are published, by whom, and which are not stands beside each of
+them in RECIPES in train.py; the learning rate of pretrain and prune is not.
+"""
+
+
 def keep_freed_memory():
     """Ask glibc to keep freed memory: a step frees and takes the same large tensors, and fresh pages cost a third of
     its time. Elsewhere there is no such call, and nothing is lost but that time."""
@@ -739,7 +923,9 @@ def main(arguments=None):
     keep_freed_memory()
     try:
         stage = typed.get("stage", "all")
-        if stage == "all":
+        if typed.get("recipe") == "help":
+            print(recipe_table())
+        elif stage == "all":
             run_all(typed)
         elif stage == "evaluate":
             run_evaluate(resolve(typed))

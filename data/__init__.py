@@ -6,6 +6,7 @@
     tasks.py    SST-2, MNLI, QQP, QNLI and SQuAD in their published formats, batches for fine-tuning, evaluation
     metrics.py  accuracy, F1, SQuAD exact match and F1, the best answer span
     tiny.py     a small invented world: text and all five tasks, so that everything runs without a download
+    download.py the published task files and Wikipedia's dump, fetched, verified and unpacked for the readers
 
 One rule holds for every batch: row r of step s is a pure function of (seed, s, r). One process with 16 rows, four
 micro-batches of 4, and two machines with 8 each therefore train on the same rows, and a run resumed at step s goes on
