@@ -2,10 +2,10 @@
 
     python docs/measure_shards.py --megabytes 20 [--text FILE_OR_FOLDER] [--json FILE]
 
-The text (by default that of the tiny world) is repeated up to the wanted size. Every measurement runs in its own process;
-bare is encode_batch_fast on the same sentences, cut beforehand, in batches of the same size, its result thrown away.
-Seconds are those of the clock; CPU seconds do not depend on what else the machine does. Peak memory is the process's
-own, torch and the rest of the program included.
+The text (by default that of the tiny world) is repeated up to the wanted size. Every measurement runs in its own
+process; bare is encode_batch_fast on the same sentences, cut beforehand, in batches of the same size, its result thrown
+away. Seconds are those of the clock; CPU seconds hardly depend on what else the machine does. Peak memory is the
+process's own, torch and the rest of the program included.
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ def peak_memory():
 
 
 def write_text(source, path, size):
-    """`size` bytes of the source's text, again and again, as plain text; and one copy of it for the tokenizer."""
+    """`size` bytes of the source's text, again and again, as plain text."""
     from data.corpus import Documents
     documents = Documents(source, size)
     with open(path, "w", encoding="utf-8") as file:
@@ -47,10 +47,9 @@ def bare(path, tokenizer):
     from data import shards
     batches = [[sentence for document in batch.documents for sentence in document]
                for batch in shards.batches([path], 1 << 60)]
-    tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(batches[0], add_special_tokens=False))
-    started, cpu = time.perf_counter(), time.process_time()
+    started, cpu, tokens = time.perf_counter(), time.process_time(), 0
     for batch in batches:
-        tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        tokens += sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
     return time.perf_counter() - started, time.process_time() - cpu, tokens
 
 
@@ -93,7 +92,8 @@ def main():
     measured = {"bare": [], "prepared": [], "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         path, model = Path(folder) / "text.txt", Path(folder) / "model"
-        write_text(arguments.text or tiny.ensure(ROOT / "data" / "tiny") / "corpus.txt", path, arguments.megabytes << 20)
+        source = arguments.text or tiny.ensure(ROOT / "data" / "tiny") / "corpus.txt"
+        write_text(source, path, arguments.megabytes << 20)
         text.save_tokenizer(text.train_tokenizer(shards.Documents(path, 2 << 20), arguments.vocab_size), model)
         for _ in range(arguments.rounds):           # in turn, so that a busy minute hits them all
             for name, results in measured.items():
@@ -103,7 +103,7 @@ def main():
     best = {name: {key: min(result[key] for result in results) for key in results[0]}
             for name, results in measured.items()}
     for result in (best["bare"], best["prepared"]):
-        result["bytes_per_second"], result["bytes_per_cpu_second"] = size / result["seconds"], size / result["cpu_seconds"]
+        result |= {"bytes_per_second": size / result["seconds"], "bytes_per_cpu_second": size / result["cpu_seconds"]}
     report = {"bytes": size, "tokens": best["prepared"]["count"], **best,
               "prepared_of_bare": best["bare"]["seconds"] / best["prepared"]["seconds"],
               "prepared_of_bare_cpu": best["bare"]["cpu_seconds"] / best["prepared"]["cpu_seconds"],
