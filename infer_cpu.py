@@ -5,6 +5,8 @@
     python infer_cpu.py MODEL_DIR --evaluate --agreement                              the task's metrics, on its dev set
     python infer_cpu.py MODEL_DIR --benchmark --batch-size 1,16                       every engine side by side
     python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   the same without training
+    python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
+    python infer_cpu.py --size --random bert-large --sparsity 0.9                     the same without training
 
 Every engine is the network of model.py with a function set into each `Linear.kernel`; attention, layer norms, softmax
 and GELU are the same float32 for all.
@@ -20,11 +22,13 @@ From Python: engine = load(directory); logits = engine(dict(input_ids=..., atten
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,8 +116,8 @@ def qnnpack(packed):
     (The static operator, FBGEMM's torch.ops.sparse.qlinear, only returns 8-bit outputs.)
     """
     out, columns = packed.shape
-    if packed.pattern != "1x4":
-        raise RuntimeError("it takes 1x4 blocks only")
+    if packed.mask_bits is None or packed.values.shape[2] % 4:
+        raise RuntimeError("it takes 1x4 blocks only, and what is made of them, such as 4x4")
     scale = (packed.input_scale * packed.weight_scale).double()
     bias = packed.bias.clone()          # the operator crashes on a bias that does not start at a multiple of 16 bytes
     with quantized_engine("qnnpack"):
@@ -127,7 +131,7 @@ def qnnpack(packed):
         with quantized_engine("qnnpack"):
             y = torch.ops.sparse.qlinear_dynamic(rows, weight)
         return y[:-1].view(*x.shape[:-1], out)
-    return product, 8 * len(packed.values) + 4 * (out + 1) + 8 * out
+    return product, 2 * packed.values.numel() + 4 * (out + 1) + 8 * out
 
 
 # The compiled kernel of an engine `native` (infer_cpu.cpp, through ctypes) will stand here.
@@ -268,7 +272,8 @@ def load_integer(directory, name, say=print):
         largest = max((packed[key] for key in kinds if kinds[key] == kind), key=lambda layer: math.prod(layer.shape))
         chosen[kind], note = fastest(DENSE_KERNELS if kind == "dense" else SPARSE_KERNELS, largest)
         notes.append(f"{list(kinds.values()).count(kind)} {kind} layers by {note}")
-    size = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
+    tensors = [*model.parameters(), *model.buffers()]           # buffers: int8 embeddings
+    size = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
     for layer_name, layer in linears(model):
         layer.kernel, layer_bytes = chosen[kinds[layer_name]](packed[layer_name])
         size += layer_bytes
@@ -405,7 +410,8 @@ def run_text(settings):
 # --evaluate
 
 def fake_quant_model(directory):
-    """The quantized model as it was trained: float32 arithmetic with fake quantization. A function of a batch."""
+    """The quantized model as it was trained, and with the embeddings of its int8.safetensors: float32 arithmetic with
+    fake quantization. A function of a batch."""
     kind, _, raw = quant.kind_of(directory)
     record = raw.get("compression") or {}
     bits, scales = record.get("activation_bits"), record.get("weight_scales")
@@ -414,6 +420,9 @@ def fake_quant_model(directory):
                          f"has no activation_bits and weight_scales; run python train.py --stage quantize first")
     model = network.load(directory, kind).eval()
     quant.prepare(model, bits, scales)
+    packed = Path(directory) / "int8.safetensors"
+    if packed.is_file() and network.read_safetensors(packed)[1].get("embeddings") == "int8":
+        quant.round_embeddings(model)
     return Engine("fake-quant", model, "", 0, 0)
 
 
@@ -477,8 +486,11 @@ def run_evaluate(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # --benchmark
 
-def write_random(directory, preset, sparsity, pattern):
-    """A classifier of this size with random weights, pruned and quantized, written as train.py would leave it."""
+def write_random(directory, preset, sparsity, pattern, plain=True):
+    """A classifier of this size with random weights, pruned and quantized, written as train.py would leave it.
+
+    plain: the float32 file too.
+    """
     import prune
     torch.manual_seed(0)
     model = network.build(network.PRESETS[preset], "classification")
@@ -490,7 +502,11 @@ def write_random(directory, preset, sparsity, pattern):
         layer.act_range.copy_(torch.tensor([-4.0, 4.0]))
         if layer.prunable:
             layer.mask.copy_(prune.magnitude_mask(layer.weight, sparsity, pattern))
-    network.save(model, directory)
+    if plain:
+        network.save(model, directory)
+    else:
+        labels = ["LABEL_0", "LABEL_1"]
+        network.write_file(directory / "config.json", json.dumps(network.config_json(model.config, model.kind, labels)))
     quant.write_int8(model, directory)
     print(f"random weights: {preset}, {network.count_parameters(model):,} parameters, encoder sparsity {sparsity:g}, "
           f"pattern {pattern}, {quant.default_activation_bits()}-bit activations")
@@ -505,7 +521,7 @@ def machine():
 def run_benchmark(settings):
     if settings.random:
         with tempfile.TemporaryDirectory(prefix="infer_cpu-") as directory:
-            write_random(directory, settings.random, settings.sparsity, settings.pattern)
+            write_random(Path(directory), settings.random, settings.sparsity, settings.pattern)
             return benchmark(settings, Path(directory))
     return benchmark(settings, Path(settings.model))
 
@@ -562,6 +578,149 @@ def verdicts(times):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --size. Four ways of counting, each as a multiple of dense float32:
+#     values only      the encoder's weights; what survives, at its stored width (arXiv 2111.05754's 40x: 4 / 0.1)
+#     values, masks    the encoder's weights; what the file holds of them, scales left out
+#     whole file       everything: scales, embeddings, heads, norms, biases, header
+#     whole file, zip  the same after deflate
+
+ENCODER = ("query", "key", "value", "attention output", "intermediate", "output")
+KINDS = (*ENCODER, "pooler", "heads", "embeddings", "norms and biases", "other")
+SIZES = ("weights", "surviving", "dense_bytes", "value_bytes", "mask_bytes", "scale_bytes", "stored_bytes")
+
+
+def tensor_kind(model_type, name):
+    """'bert.encoder.layer.3.attention.self.query.values' -> 'query'; one of KINDS for every published name."""
+    ours = {theirs: ours for ours, theirs in network.NAMES[model_type].items()}
+    generic = re.sub(r"\.\d+\.", ".{}.", name)
+    found = ours.get(generic) or ours.get(generic.rpartition(".")[0])
+    if found is None:
+        return "other"
+    group, _, last = found.rpartition(".")
+    if last.endswith("norm") or name.endswith("bias"):
+        return "norms and biases"
+    if last in ("word", "position", "token_type"):
+        return "embeddings"
+    return last.replace("_", " ") if group == "encoder.layers.{}" else last if last == "pooler" else "heads"
+
+
+def packed_tensors(directory):
+    """[(published name, figures)] of int8.safetensors, and {published name: shape} of the model as it was before.
+
+    figures: a dict with some of SIZES. The file is read strictly first: a damaged one has no size worth telling.
+    """
+    model, packed, _ = quant.read_int8(directory)
+    kind, config, _ = quant.kind_of(directory)
+    plain = quant.empty_model(config, kind, model.classifier.out_features if kind == "classification" else 2)
+    shapes = {network.published_name(config.model_type, name): tensor for name, tensor in plain.state_dict().items()}
+    entries = []
+    for name, tensor in network.read_safetensors(directory / "int8.safetensors")[0].items():
+        stem, _, leaf = name.rpartition(".")
+        column = {"mask_bits": "mask_bytes", "mask_gaps": "mask_bytes"}.get(
+            leaf, "scale_bytes" if "scale" in leaf or leaf == "input_zero_point" else "value_bytes")
+        figures = {column: tensor.nbytes, "stored_bytes": tensor.nbytes}
+        if column == "value_bytes":
+            count = shapes[stem + ".weight" if leaf == "values" else name].numel()
+            figures.update(weights=count, surviving=tensor.numel(), dense_bytes=4 * count)
+        entries.append((name, figures))
+    return entries, shapes
+
+
+def plain_tensors(directory):
+    """The same of model.safetensors or pytorch_model.bin, and the file. Zeros are counted in the layers that pruning
+    may touch or has beside it; they are stored, and their bytes are told."""
+    tensors, path = network.read_weights(directory)
+    model_type = network.read_config(directory)[0].model_type
+    entries = []
+    for name, tensor in tensors.items():
+        countable = tensor_kind(model_type, name) in (*ENCODER, "pooler", "heads")
+        surviving = int(tensor.count_nonzero()) if countable else tensor.numel()
+        entries.append((name, {"weights": tensor.numel(), "surviving": surviving, "dense_bytes": 4 * tensor.numel(),
+                               "value_bytes": surviving * tensor.element_size(), "stored_bytes": tensor.nbytes}))
+    return entries, tensors, path
+
+
+def deflated_bytes(path):
+    """How long a file is as a zip stores it."""
+    compressor, size = zlib.compressobj(wbits=-15), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2 ** 20):
+            size += len(compressor.compress(chunk))
+    return size + len(compressor.flush())
+
+
+def size_report(directory, engine="auto"):
+    """Every figure of --size, exact, in bytes. engine fp32 means the plain file, also where there is a packed one."""
+    directory = Path(directory)
+    config, _ = network.read_config(directory)          # of any architecture: a bare backbone has a size too
+    quantized = engine in ("int8", "sparse") or engine == "auto" and (directory / "int8.safetensors").is_file()
+    if quantized:
+        entries, shapes = packed_tensors(directory)
+        path = directory / "int8.safetensors"
+    else:
+        entries, shapes, path = plain_tensors(directory)
+    rows = {name: dict.fromkeys(SIZES, 0) for name in KINDS}
+    for name, figures in entries:
+        row = rows[tensor_kind(config.model_type, name)]
+        for column, value in figures.items():
+            row[column] += value
+    rows = {name: row for name, row in rows.items() if row["stored_bytes"]}
+    total = {column: sum(row[column] for row in rows.values()) for column in SIZES}
+    encoder = {column: sum(rows[name][column] for name in ENCODER if name in rows) for column in SIZES}
+    # What network.save would write of the same model, dense and in float32.
+    header, _ = network.safetensors_header({name: torch.empty(tensor.shape, device="meta")
+                                            for name, tensor in shapes.items()})
+    dense, size, zipped = len(header) + total["dense_bytes"], path.stat().st_size, deflated_bytes(path)
+    return {"file": str(path), "quantized": quantized, "kinds": rows, "encoder": encoder, "tensors": total,
+            "header_bytes": size - total["stored_bytes"], "file_bytes": size, "zip_bytes": zipped,
+            "dense_file_bytes": dense,
+            "ratios": {"values_only": ratio(encoder["dense_bytes"], encoder["value_bytes"]),
+                       "with_masks": ratio(encoder["dense_bytes"], encoder["stored_bytes"] - encoder["scale_bytes"]),
+                       "whole_file": ratio(dense, size), "zip": ratio(dense, zipped)}}
+
+
+def ratio(dense, stored):
+    """dense / stored; None where nothing is stored."""
+    return dense / stored if stored else None
+
+
+def print_size(report):
+    """The report as a table and the four ways of counting below it."""
+    names = ("weights", "surviving", "dense fp32", "values", "masks", "scales", "stored", "x fp32")
+    print(f"{report['file']}, bytes\n{'':<17}" + "".join(f"{name:>14}" for name in names))
+    for name, row in [*report["kinds"].items(), ("encoder's layers", report["encoder"]), ("all", report["tensors"])]:
+        print(f"{name:<17}" + "".join(f"{row[column]:>14,}" for column in SIZES)
+              + f"{times_smaller(ratio(row['dense_bytes'], row['stored_bytes'])):>14}")
+    print(f"{'header, copies':<17}{report['header_bytes']:>98,}\n{'whole file':<17}{report['file_bytes']:>98,}\n")
+    encoder, ratios = report["encoder"], report["ratios"]
+    dense, file = encoder["dense_bytes"], report["dense_file_bytes"]
+    lines = [("values_only", "encoder, values only (the paper's count)", dense, encoder["value_bytes"]),
+             ("with_masks", "encoder, values and masks", dense, encoder["stored_bytes"] - encoder["scale_bytes"]),
+             ("whole_file", "whole file", file, report["file_bytes"]),
+             ("zip", "whole file after zip", file, report["zip_bytes"])]
+    print(f"{'':<41}{'dense fp32':>15}{'this':>15}{'x smaller':>12}")
+    for key, title, before, after in lines:
+        print(f"{title:<41}{before:>15,}{after:>15,}{times_smaller(ratios[key]):>12}")
+    if not report["quantized"]:
+        print("\nit is not quantized: zeros lie in the file as any other weight; the paper's count alone omits them")
+
+
+def times_smaller(value):
+    return "-" if value is None else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def run_size(settings):
+    if not settings.random:
+        report = size_report(settings.model, settings.engine)
+    else:
+        with tempfile.TemporaryDirectory(prefix="infer_cpu-") as directory:
+            write_random(Path(directory), settings.random, settings.sparsity, settings.pattern, plain=False)
+            report = {**size_report(directory), "file": f"int8.safetensors of a random {settings.random}"}
+    print_size(report)
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def to_stderr(line):
@@ -596,6 +755,7 @@ def parse(arguments=None):
     mode.add_argument("--text", action="append", help="a text to classify, or a question; may be given several times")
     mode.add_argument("--evaluate", action="store_true", help="metrics on the task's dev set")
     mode.add_argument("--benchmark", action="store_true", help="time every engine")
+    mode.add_argument("--size", action="store_true", help="count the bytes, layer kind by layer kind")
     parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto")
     parser.add_argument("--threads", type=count, help="default: torch's own choice")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
@@ -607,14 +767,14 @@ def parse(arguments=None):
     parser.add_argument("--limit", type=count, help="with --evaluate: only so many examples of a dev set")
     parser.add_argument("--agreement", action="store_true", help="with --evaluate: compare with the fake-quant model")
     parser.add_argument("--batch-size", type=counts, default=[1, 16], help="with --benchmark: for example 1,16")
-    parser.add_argument("--random", choices=tuple(network.PRESETS), help="with --benchmark: random weights")
+    parser.add_argument("--random", choices=tuple(network.PRESETS), help="with --benchmark, --size: random weights")
     parser.add_argument("--sparsity", type=float, help="with --random: share of zeros; default 0.85")
     parser.add_argument("--pattern", default="unstructured", help="with --random: unstructured, 1x4, RxC or N:M")
     settings = parser.parse_args(arguments)
     if (settings.model is None) != bool(settings.random):
         parser.error("give either MODEL_DIR or --random PRESET")
-    if settings.random and not settings.benchmark:
-        parser.error("--random has random weights: it goes with --benchmark only")
+    if settings.random and not (settings.benchmark or settings.size):
+        parser.error("--random has random weights: it goes with --benchmark and --size only")
     return settings
 
 
@@ -625,7 +785,9 @@ def main(arguments=None):
             raise InputError(f"--json {settings.json} is a folder, or in a folder that is not there; give a file name")
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        report = (run_text if settings.text else run_evaluate if settings.evaluate else run_benchmark)(settings)
+        run = (run_text if settings.text else run_evaluate if settings.evaluate else run_size if settings.size else
+               run_benchmark)
+        report = run(settings)
         if settings.json:
             network.write_file(settings.json, json.dumps(report, indent=1))
     except (InputError, DataError) as error:

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -55,8 +56,8 @@ class ModelConfig:
 
 
 PRESETS = {
-    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=512, max_position_embeddings=128, initializer_range=0.05),
+    "tiny": ModelConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+                        intermediate_size=256, max_position_embeddings=128, initializer_range=0.05),
     "minilm-l6": ModelConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "distilbert-base": ModelConfig(model_type="distilbert", num_hidden_layers=6, type_vocab_size=0,
                                    classifier_dropout=0.2),
@@ -348,21 +349,28 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """tensors: dict name -> tensor of any dtype in DTYPES; metadata: dict of strings."""
+def safetensors_header(tensors, metadata=None):
+    """(the bytes that stand before the tensors, the names in the order of their bytes). The tensors may be on torch's
+    'meta' device: nothing but their dtypes and shapes is read."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header, chunks, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, [], 0
+    header, names, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, [], 0
     # Widest elements first, so that every tensor starts at a multiple of its element's size.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        data = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else
-                b"")
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + len(data)]}
-        offset += len(data)
-        chunks.append(data)
+                        "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+        names.append(name)
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    write_file(path, b"".join([len(head).to_bytes(8, "little"), head, *chunks]))
+    return len(head).to_bytes(8, "little") + head, names
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """tensors: dict name -> tensor of any dtype in DTYPES; metadata: dict of strings."""
+    head, names = safetensors_header(tensors, metadata)
+    chunks = [tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+              for name in names if tensors[name].numel()]
+    write_file(path, b"".join([head, *chunks]))
 
 
 def read_safetensors(path):
@@ -385,7 +393,11 @@ def read_safetensors(path):
             for name, entry in header.items():
                 if name != "__metadata__":
                     (begin, end), shape = entry["data_offsets"], entry["shape"]
-                    if any(type(number) is not int or not 0 <= number < 2 ** 62 for number in (begin, end, *shape)):
+                    # The product without zeros: torch computes strides even of a tensor without elements.
+                    if (type(shape) is not list or len(shape) > 8
+                            or any(type(number) is not int or not 0 <= number < 2 ** 62
+                                   for number in (begin, end, *shape))
+                            or math.prod(number or 1 for number in shape) >= 2 ** 62):
                         raise ValueError(f"tensor '{name}' has shape {shape} and offsets {begin}, {end}")
                     entries[name] = DTYPES[entry["dtype"]], shape, begin, end
             metadata = dict(header.get("__metadata__") or {})
@@ -521,14 +533,13 @@ def save(model, directory, labels=None, compression=None):
 
 def pack_bits(mask):
     """bool tensor -> uint8 (ceil(numel / 8),), the first element in the lowest bit."""
-    bits = F.pad(mask.flatten().to(torch.uint8).cpu(), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
 
 
 def unpack_bits(packed, shape):
-    """The inverse of pack_bits."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[:math.prod(shape)].bool().view(shape)
+    """The inverse of pack_bits, for a tensor on the CPU."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool).view(shape)
 
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",       # the first that is there is read

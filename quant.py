@@ -6,9 +6,9 @@
 
 Zero is a level of both grids, so pruned weights stay exactly zero. The fake path (quantization-aware training,
 arXiv 1712.05877, 1910.06188) and the integer path call the same functions for scales and levels: they are the same
-arithmetic by construction. Every Linear is rounded, the pooler and the task head too; embeddings, layer norms, softmax
-and GELU stay float32. The paper's reference code also rounds the outputs of query, key, intermediate and pooler once
-more; we do not: a product leaves in float32.
+arithmetic by construction. Every Linear is rounded, the pooler and the task head too; layer norms, softmax and GELU
+stay float32, and so do the embeddings in training: only the file holds their rows in int8. The paper's reference code
+also rounds the outputs of query, key, intermediate and pooler once more; we do not: a product leaves in float32.
 
 Shapes as in model.py, and: out, in = sizes of a Linear; R x C = pruning block, R outputs by C inputs.
 """
@@ -18,13 +18,16 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn as nn
 
 from model import (ARCHITECTURES, InputError, build, linears, names_in_short, pack_bits, published_name, read_config,
                    read_safetensors, unpack_bits, write_safetensors)
 
 AVERAGING = 0.01            # share of a new batch in the running activation range
-FORMAT_VERSION = "1"        # of int8.safetensors
+FORMAT_VERSION = "2"        # of int8.safetensors
+MAX_INPUTS = 2 ** 31 // (255 * 128)     # of a layer: with more, a sum may not fit into an int32
 
 
 def saturates():
@@ -175,15 +178,18 @@ def blocks(matrix, rows, columns):
 
 
 def find_block(mask):
-    """The block (R, C) that a mask bool (out, in) is made of: 1x4, else 4x1, else single weights; None if all live."""
+    """The largest block (R, C) that a mask bool (out, in) is made of, 1x1 = single weights; None if all live.
+
+    A row (column) can start a block wherever it differs from the one before; the block's height (width) divides all
+    those places. An N:M mask is one of single weights: its groups have no common fate.
+    """
     if bool(mask.all()):
         return None
-    for rows, columns in ((1, 4), (4, 1)):
-        if mask.shape[0] % rows == 0 and mask.shape[1] % columns == 0:
-            tiles = blocks(mask, rows, columns)
-            if torch.equal(tiles.amax((2, 3)), tiles.amin((2, 3))):
-                return rows, columns
-    return 1, 1
+    if not bool(mask.any()):
+        return 1, 1                 # every block would do; this one has a name that says nothing false
+    rows = (mask[1:] != mask[:-1]).any(1).nonzero()[:, 0] + 1
+    columns = (mask[:, 1:] != mask[:, :-1]).any(0).nonzero()[:, 0] + 1
+    return math.gcd(len(mask), *rows.tolist()), math.gcd(mask.shape[1], *columns.tolist())
 
 
 def pack(layer):
@@ -227,7 +233,7 @@ def unpack(packed):
 def integer_linear(x_uint8, weight_int8, zero_point):
     """Exact int32 sums of (x - zero_point) * w: uint8 (..., in), int8 (out, in) -> int32 (..., out).
 
-    In float64, where every sum below 2^53 is exact; an int32 cannot overflow below 66,000 inputs (2^31 / (255 * 128)).
+    In float64, where every sum below 2^53 is exact; an int32 cannot overflow up to MAX_INPUTS inputs.
     """
     return ((x_uint8.double() - int(zero_point)) @ weight_int8.double().T).to(torch.int32)
 
@@ -240,33 +246,137 @@ def integer_forward(x, packed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The packed file, int8.safetensors. Per Linear, under its HuggingFace name:
-#     values int8        (n, R, C) surviving blocks, with mask_bits uint8 (ceil(blocks / 8),); or (out, in), without
-#     weight_scale float32 (out,)   bias float32 (out,)   input_scale float32 ()   input_zero_point int32 ()
-# and every other tensor of the model in float32. Header metadata: format_version, activation_bits, weight_scales,
-# pattern (the kinds that occur) and what the writer adds. Beside config.json and the tokenizer it is all that inference
-# needs.
+# A mask in the fewest bytes: its bits, or the distances between the blocks that live
 
-def write_int8(model, directory, metadata=None):
-    """Write directory/int8.safetensors from a model under `prepare`. metadata: more strings for the header."""
-    tensors, layers, patterns = {}, dict(linears(model)), []
+def write_gaps(keep):
+    """bool (n,) -> uint8 (bytes,): the width w, 2 to 8, whichever is shortest; then numbers of w bits, low bits first.
+
+    A number below top = 2^w - 1 is so many dead blocks and then a living one; top is `top` dead blocks. An imagined
+    living block n ends the list. With 90 % dead this takes half the bytes of a bit per block, and 8 % more than the
+    least possible (the binary entropy); with w = 1 it would be the bit per block.
+    """
+    living = np.flatnonzero(np.append(keep.numpy(), True))
+    dead = np.diff(living, prepend=-1) - 1                          # before every living block
+    bits = {width: width * int((dead // (2 ** width - 1) + 1).sum()) for width in range(2, 9)}
+    width = min(bits, key=bits.get)
+    top = 2 ** width - 1
+    numbers = np.full(bits[width] // width, top, dtype=np.uint8)
+    numbers[np.cumsum(dead // top + 1) - 1] = dead % top
+    unpacked = np.unpackbits(numbers[:, None], axis=1, count=width, bitorder="little").ravel()
+    padding = np.ones(-len(unpacked) % 8, dtype=np.uint8)           # ones: where that makes a number, it is top
+    packed = np.packbits(np.concatenate([unpacked, padding]), bitorder="little")
+    return torch.from_numpy(np.insert(packed, 0, width))
+
+
+def read_gaps(packed, count):
+    """The inverse: uint8 (bytes,) -> bool (count,). None if it is no such list, or not one of exactly `count` blocks.
+
+    It is measured before anything of size `count` is made, so that a false count costs no memory.
+    """
+    width = int(packed[0]) if len(packed) else 0
+    if not 2 <= width <= 8:
+        return None
+    bits = np.unpackbits(packed[1:].numpy(), bitorder="little")
+    bits = bits[:len(bits) // width * width].reshape(-1, width)
+    numbers = np.zeros(len(bits), dtype=np.uint8)
+    for place in range(width):
+        numbers |= bits[:, place] << place
+    living = numbers < 2 ** width - 1
+    ends = np.cumsum(numbers + living, dtype=np.int64)[living]      # number of blocks up to each living one
+    if not len(ends) or ends[-1] != count + 1:
+        return None
+    used = (len(living) - int(living[::-1].argmax())) * width       # bits, to the last living one: block `count`
+    if (used + 7) // 8 != len(packed) - 1:
+        return None
+    keep = np.zeros(count, dtype=bool)
+    keep[ends[:-1] - 1] = True
+    return torch.from_numpy(keep)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings: int8 rows in the file
+
+class Int8Embedding(nn.Module):
+    """int64 ids (...) -> float32 (..., H): row `id` of values, int8 (rows, H), times its scale, float32 (rows,)."""
+
+    def __init__(self, values, scale):
+        super().__init__()
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    @property
+    def weight(self):
+        """All rows, float32: what the positions and the tied decoder ask for."""
+        return self.values * self.scale[:, None]
+
+    def forward(self, ids):
+        return self.values[ids] * self.scale[ids][..., None]
+
+
+def embeddings(model):
+    """[(name, nn.Embedding)]: words, positions and, in BERT, token types."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+
+
+def round_embeddings(model):
+    """Replace the embeddings by what int8.safetensors holds of them, in float32 and in place."""
+    with torch.no_grad():
+        for _, module in embeddings(model):
+            module.weight.copy_(Int8Embedding(*quantize_weight(module.weight)).weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The packed file, int8.safetensors. Per Linear, under its HuggingFace name:
+#     values int8        (n, R, C) surviving blocks; or (out, in), all of them, without a mask
+#     mask_bits uint8    (ceil(blocks / 8),), or mask_gaps uint8 (bytes,) where that is shorter
+#     weight_scale float32 (out,)   bias float32 (out,)   input_scale float32 ()   input_zero_point int32 ()
+# Per embedding values int8 (rows, H) and weight_scale float32 (rows,), or weight float32 (rows, H); every other tensor
+# of the model in float32. Header metadata: format_version, activation_bits, weight_scales, embeddings (int8 or
+# float32), pattern (the kinds that occur) and what the writer adds. Beside config.json and the tokenizer it is all that
+# inference needs.
+
+def layer_tensors(layer, stem):
+    """One Linear under `prepare` -> ({published name: tensor}, its pattern). stem: its name with the dot."""
+    try:
+        packed = pack(layer)
+    except InputError as error:
+        raise InputError(f"layer '{stem[:-1]}' cannot be written as INT8: {error}") from None
+    tensors = {stem + leaf: getattr(packed, leaf)
+               for leaf in ("values", "weight_scale", "bias", "input_scale", "input_zero_point")}
+    if packed.mask_bits is not None:
+        gaps = write_gaps(unpack_mask(packed).flatten())
+        shorter = len(gaps) < len(packed.mask_bits)
+        tensors[stem + ("mask_gaps" if shorter else "mask_bits")] = gaps if shorter else packed.mask_bits
+    return tensors, packed.pattern
+
+
+def write_int8(model, directory, metadata=None, embedding_rows="int8"):
+    """Write directory/int8.safetensors from a model under `prepare`. metadata: more strings for the header.
+
+    embedding_rows: 'int8', a quarter of the bytes, or 'float32'. InputError if a layer never trained, or for a NaN.
+    """
+    if embedding_rows not in ("int8", "float32"):
+        raise InputError(f"embedding rows are 'int8' or 'float32', not {embedding_rows!r}")
+    model_type, tensors, patterns = model.config.model_type, {}, set()
+    layers, rounded = dict(linears(model)), dict(embeddings(model) if embedding_rows == "int8" else ())
     for name, layer in layers.items():
-        stem = published_name(model.config.model_type, name + ".")
-        try:
-            packed = pack(layer)
-        except InputError as error:
-            raise InputError(f"layer '{stem[:-1]}' cannot be written as INT8: {error}") from None
-        for leaf in ("values", "mask_bits", "weight_scale", "bias", "input_scale", "input_zero_point"):
-            if getattr(packed, leaf) is not None:
-                tensors[stem + leaf] = getattr(packed, leaf)
-        patterns.append(packed.pattern)
+        found, pattern = layer_tensors(layer, published_name(model_type, name + "."))
+        tensors.update(found)
+        patterns.add(pattern)
     for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] not in layers:
-            tensors[published_name(model.config.model_type, name)] = tensor.float()
+        owner = name.rpartition(".")[0]
+        if owner not in layers and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"'{published_name(model_type, name)}' cannot be written as INT8: it holds a NaN or an "
+                             f"Inf")
+        if owner in rounded:
+            stem = published_name(model_type, owner + ".")
+            tensors[stem + "values"], tensors[stem + "weight_scale"] = quantize_weight(tensor.float().cpu())
+        elif owner not in layers:
+            tensors[published_name(model_type, name)] = tensor.float()
     write_safetensors(Path(directory) / "int8.safetensors", tensors, {
         "format_version": FORMAT_VERSION, "activation_bits": str(layer.fake_quant.keywords["bits"]),
-        "weight_scales": layer.fake_quant.keywords["scales"], "pattern": " ".join(sorted(set(patterns))),
-        **(metadata or {})})
+        "weight_scales": layer.fake_quant.keywords["scales"], "embeddings": embedding_rows,
+        "pattern": " ".join(sorted(patterns)), **(metadata or {})})
 
 
 def kind_of(directory):
@@ -274,41 +384,73 @@ def kind_of(directory):
     config, raw = read_config(directory)
     kinds = {architecture: kind for (_, kind), architecture in ARCHITECTURES.items()}
     architectures = raw.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in kinds:
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(kinds):
         raise InputError(f"{Path(directory) / 'config.json'} says architectures {architectures!r}; expected one of "
                          f"{', '.join(kinds)}")
     return kinds[architectures[0]], config, raw
 
 
+class NoFilling(torch.overrides.TorchFunctionMode):
+    """Skips random initial weights: where there is no memory, torch would import 800 modules (a second) to fill it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in (torch.Tensor.normal_, nn.init.normal_):
+            return function(*args, **(kwargs or {}))
+
+
+def empty_model(config, kind, num_labels=2):
+    """model.build on torch's 'meta' device, in evaluation mode: names, shapes and functions, and no memory."""
+    with torch.device("meta"), NoFilling():
+        return build(config, kind, num_labels).eval()
+
+
 def read_int8(directory):
     """Open a packed model: (model, {name of Linear: PackedLinear}, metadata).
 
-    The model's Linears stay on torch's 'meta' device, without weights: whoever runs it sets their `kernel`.
+    The model's Linears stay on torch's 'meta' device, without weights: whoever runs it sets their `kernel`. Embeddings
+    stay in int8, if the file has them so.
     Raises InputError naming the file and the tensor when anything is missing, surplus, of another shape or dtype, out
     of range, or when a mask does not count as many blocks as there are values.
     """
     kind, config, _ = kind_of(directory)
     path = Path(directory) / "int8.safetensors"
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} says format_version {metadata.get('format_version')!r}; this program reads "
-                         f"{FORMAT_VERSION!r}")
-    if metadata.get("activation_bits") not in tuple("2345678"):
-        raise InputError(f"{path} says activation_bits {metadata.get('activation_bits')!r}; expected 2 to 8")
-    classes = tensors.get("classifier.bias", torch.zeros(2)).shape[0] if kind == "classification" else 2
-    with torch.device("meta"):
-        model = build(config, kind, classes)
-    model.eval()
+    check_claims(config, tensors, metadata, path)
+    bias = tensors.get("classifier.bias")
+    classes = len(bias) if kind == "classification" and bias is not None and bias.dim() == 1 and len(bias) else 2
+    model = empty_model(config, kind, classes)
     layers, packed = dict(linears(model)), {}
     for name, layer in layers.items():
         stem = published_name(config.model_type, name + ".")
         packed[name] = read_layer(tensors, stem, tuple(layer.weight.shape), int(metadata["activation_bits"]), path)
+    for name, module in embeddings(model):
+        stem = published_name(config.model_type, name + ".")
+        if stem + "values" in tensors:
+            model.set_submodule(name, read_embedding(tensors, stem, tuple(module.weight.shape), path))
     rest = {name: take(tensors, published_name(config.model_type, name), torch.float32, tensor.shape, path)
             for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     if tensors:
         raise InputError(f"{path} holds tensors that this model has no place for: {names_in_short(sorted(tensors))}")
     model.load_state_dict(rest, strict=False, assign=True)
     return model, packed, metadata
+
+
+def check_claims(config, tensors, metadata, path):
+    """InputError unless the header is of this format, and config.json asks for no more than a file of so many tensors
+    can hold: building even an empty model takes time for every layer."""
+    version, bits = metadata.get("format_version"), metadata.get("activation_bits")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path} says format_version {version!r}, and this program reads {FORMAT_VERSION!r}; write it "
+                         f"again with python train.py --stage quantize")
+    if bits not in tuple("2345678"):
+        raise InputError(f"{path} says activation_bits {bits!r}; expected 2 to 8")
+    if config.num_hidden_layers > len(tensors):
+        raise InputError(f"{path} holds {len(tensors)} tensors, too few for the {config.num_hidden_layers} layers of "
+                         f"config.json")
+    widest = max(config.hidden_size, config.intermediate_size)
+    if widest > MAX_INPUTS:
+        raise InputError(f"{path}: sums over {widest} inputs, as config.json has it, may overflow an int32; "
+                         f"{MAX_INPUTS} are possible")
 
 
 def take(tensors, name, dtype, shape, path):
@@ -327,9 +469,37 @@ def take(tensors, name, dtype, shape, path):
     return tensor.clone()
 
 
+def read_embedding(tensors, stem, shape, path):
+    """Remove one embedding's tensors and return them, checked, as an Int8Embedding. shape: (rows, H)."""
+    values = take(tensors, stem + "values", torch.int8, shape, path)
+    scale = take(tensors, stem + "weight_scale", torch.float32, shape[:1], path)
+    if not bool((scale > 0).all()):
+        raise InputError(f"{path}: '{stem}weight_scale' has a scale that is not positive")
+    return Int8Embedding(values, scale)
+
+
+def read_mask(tensors, stem, count, path):
+    """Remove a Linear's mask_bits or mask_gaps and return mask_bits, uint8 (ceil(count / 8),), and how many live."""
+    gaps = tensors.get(stem + "mask_gaps")
+    if gaps is not None:
+        gaps = take(tensors, stem + "mask_gaps", torch.uint8, (gaps.numel(),), path)
+        keep = read_gaps(gaps, count)
+        if keep is None:
+            raise InputError(f"{path}: '{stem}mask_gaps' is not a list of distances that ends after {count} blocks")
+        return pack_bits(keep), int(keep.count_nonzero())
+    mask_bits = take(tensors, stem + "mask_bits", torch.uint8, ((count + 7) // 8,), path)
+    bits = unpack_bits(mask_bits, (len(mask_bits) * 8,))
+    if bool(bits[count:].any()):
+        raise InputError(f"{path}: '{stem}mask_bits' marks blocks beyond the last of {count}")
+    return mask_bits, int(bits.count_nonzero())
+
+
 def read_layer(tensors, stem, shape, bits, path):
     """Remove one Linear's tensors and return them, checked, as a PackedLinear. stem: its name with the dot."""
     out, columns = shape
+    # The rows first: once their number is that of the file, `shape` is known to be no idle claim.
+    weight_scale = take(tensors, stem + "weight_scale", torch.float32, (out,), path)
+    bias = take(tensors, stem + "bias", torch.float32, (out,), path)
     found, mask_bits = tensors.get(stem + "values"), None
     if found is not None and found.dim() == 3:
         block = tuple(found.shape[1:])
@@ -337,16 +507,13 @@ def read_layer(tensors, stem, shape, bits, path):
             raise InputError(f"{path}: '{stem}values' has blocks of {block[0]}x{block[1]}, which do not divide "
                              f"{out}x{columns}")
         count = math.prod(shape) // math.prod(block)
-        mask_bits = take(tensors, stem + "mask_bits", torch.uint8, ((count + 7) // 8,), path)
-        alive = int(unpack_bits(mask_bits, (len(mask_bits) * 8,)).sum())
-        if alive != len(found) or int(unpack_bits(mask_bits, (count,)).sum()) != alive:
-            raise InputError(f"{path}: '{stem}mask_bits' marks {alive} of {count} blocks, and '{stem}values' holds "
-                             f"{len(found)}")
+        mask_bits, alive = read_mask(tensors, stem, count, path)
+        if alive != len(found):
+            raise InputError(f"{path}: the mask of '{stem[:-1]}' marks {alive} of {count} blocks, and '{stem}values' "
+                             f"holds {len(found)}")
         values = take(tensors, stem + "values", torch.int8, (alive, *block), path)
     else:
         values = take(tensors, stem + "values", torch.int8, shape, path)
-    weight_scale = take(tensors, stem + "weight_scale", torch.float32, (out,), path)
-    bias = take(tensors, stem + "bias", torch.float32, (out,), path)
     scale = take(tensors, stem + "input_scale", torch.float32, (), path)
     zero_point = take(tensors, stem + "input_zero_point", torch.int32, (), path)
     if not bool((weight_scale > 0).all()) or not bool(scale > 0) or not 0 <= int(zero_point) < 2 ** bits:

@@ -37,7 +37,7 @@ import distill
 import model as network
 import prune
 import quant
-from data import DataError, tasks, text, tiny
+from data import DataError, shards, tasks, text, tiny
 from model import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +55,7 @@ class Settings:
     teacher: str = ""                 # model to distil from: folder, owner/name on the hub, or 'none'; default: parent
     out: str = ""                     # folder under which the stages' directories lie; default: out/PRESET
     resume: bool = False              # go on from the last checkpoint; finished stages are kept as they are
-    corpus: str = "tiny"              # text for pretrain and prune: 'tiny', a .txt file, or a folder of them
+    corpus: str = "tiny"              # text for pretrain and prune: 'tiny', a file or folder of text, a Wikipedia dump
     task: str = ""                    # one task; default for --stage all: all five
     data: str = ""                    # folder that holds SST-2 MNLI QQP QNLI SQuAD; default: the bundled tiny world
     sparsity: float | None = None     # share of zeros in a pruned layer; 0 with finetune: the dense model; default 0.85
@@ -82,7 +82,7 @@ class Settings:
     weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
     precision: str = "auto"           # fp32, bf16 (autocast), or auto: bf16 if the device multiplies it; QAT is fp32
     seed: int = 0                     # of weights, batches, dropout and masking
-    threads: int | None = None        # CPU threads; default: as many as there are cores
+    threads: int | None = None        # CPU threads; default: one for each core this process may use
     device: str = "cpu"               # cpu, cuda or mps
     save_every: int | None = None     # steps between checkpoints; default: every 5 minutes
     log_every: int = 10               # steps between two lines of log.csv
@@ -132,21 +132,22 @@ DISTILBERT = {
 }
 RECIPES = {
     "tiny": {
-        "pretrain": dict(steps=2000, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "prune": dict(steps=1200, batch_size=64, max_len=64, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "dense": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0),
-        "finetune": dict(epochs=5, max_len=64, lr=1e-3, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "pretrain": dict(steps=1500, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "prune": dict(steps=1000, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "dense": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0),
+        "finetune": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "finetune squad": dict(lr=1e-3),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
     },
     "minilm-l6": {
         "pretrain": dict(dropout=0.0, steps=1000, batch_size=32, max_len=128, lr=2e-4),
-        "prune": dict(dropout=0.0, steps=800, batch_size=32, max_len=128, lr=3e-4, kd_positions="masked"),
+        "prune": dict(dropout=0.0, steps=500, batch_size=32, max_len=128, lr=5e-4, kd_positions="masked"),
         "dense": dict(epochs=1, max_len=128, lr=5e-5, warmup=0.06),
         "dense squad": dict(epochs=1, max_len=384, lr=1e-4),
-        "finetune": dict(epochs=2, max_len=128, lr=1e-4, warmup=0.02, kd_weight=1.0),
-        "finetune squad": dict(epochs=2, max_len=384, lr=1.5e-4),
-        "quantize": dict(epochs=0.5, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
-        "quantize squad": dict(epochs=0.5, max_len=384),
+        "finetune": dict(epochs=1, max_len=128, lr=1e-4, warmup=0.02, kd_weight=1.0),
+        "finetune squad": dict(epochs=1, max_len=384, lr=1.5e-4),
+        "quantize": dict(epochs=0.25, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
+        "quantize squad": dict(epochs=0.25, max_len=384),
     },
     "distilbert-base": DISTILBERT, "bert-base": PAPER, "bert-large": PAPER,
 
@@ -249,12 +250,14 @@ def resolve(typed, stage=None):
     s = replace(s, **{name: value for name, value in recipe.items() if name not in typed})
     s.out = s.out or str(Path("out") / s.preset)
     pattern = prune.parse_pattern(s.pattern)
+    if s.stage == "pretrain" and typed.get("sparsity") is None:
+        s.sparsity = 0.0
     if s.sparsity != 0:
         s.sparsity = prune.resolve_sparsity(s.sparsity, pattern)
     s.mask = s.mask or allowed_masks(s)[0]
     s.micro_batch = s.micro_batch or s.batch_size
     s.activation_bits = s.activation_bits or quant.default_activation_bits()
-    s.threads = s.threads or os.cpu_count()
+    s.threads = s.threads or cores()
     check(s)
     if s.mask == "locked" and s.init not in ("", "random"):
         follow_zeros(s, {**recipe, **typed})
@@ -334,6 +337,9 @@ def check(s):
         raise InputError("--steps and --epochs were both given; choose one")
     if s.stage in ("finetune", "quantize") and not s.task:
         raise InputError(f"--stage {s.stage} needs --task {'|'.join(tasks.TASKS)}")
+    if s.stage == "pretrain" and s.sparsity:
+        raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
+                         f"--stage prune")
     upstream = s.stage in ("pretrain", "prune") or not s.task
     if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
         raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
@@ -348,6 +354,11 @@ def check(s):
         raise InputError(f"--device {s.device} is not available to this PyTorch; leave it out to run on the CPU")
     if s.precision == "bf16" and not has_bf16(s.device):
         raise InputError(f"--precision bf16: this {s.device} does not multiply bf16 in hardware; use --precision fp32")
+
+
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def has_bf16(device):
@@ -452,7 +463,7 @@ def describe_run(s, init, teacher):
             "teacher": str(teacher) if teacher else None,
             "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
-            "machine": platform.machine(), "processor": network.processor_name(), "cores": os.cpu_count(),
+            "machine": platform.machine(), "processor": network.processor_name(), "cores": cores(),
             "system": platform.platform()}
 
 
@@ -515,12 +526,11 @@ def build_model_and_data(s, init):
     """(model, tokenizer, data, what there is to say about them), for any stage."""
     notes = []
     pretraining = s.stage in ("pretrain", "prune")
-    documents = text.read_documents(corpus_path(s)) if pretraining or not init else None
     config = network.read_config(init)[0] if init else network.PRESETS[s.preset]
     if init:
         tokenizer = text.load_tokenizer(init)
     else:
-        tokenizer = text.train_tokenizer(documents, config.vocab_size)
+        tokenizer = shards.corpus_tokenizer(corpus_path(s), config.vocab_size)
         config = replace(config, vocab_size=tokenizer.get_vocab_size())
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(f"{init}: the vocabulary has {tokenizer.get_vocab_size()} entries and the model "
@@ -528,8 +538,8 @@ def build_model_and_data(s, init):
     if s.max_len > config.max_position_embeddings:
         raise InputError(f"--max-len {s.max_len} is more than the model's {config.max_position_embeddings} positions")
     if pretraining:
-        data = text.PretrainingData(documents, tokenizer, s.max_len, next_sentence=config.model_type == "bert",
-                                    seed=s.seed)
+        data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, s.max_len,
+                                    next_sentence=config.model_type == "bert", seed=s.seed)
         kind, num_labels = "pretraining", None
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
@@ -778,7 +788,7 @@ def run_evaluate(s):
         if "activation_bits" in compression:
             quant.prepare(model, compression["activation_bits"], compression["weight_scales"])
     else:
-        data = text.PretrainingData(text.read_documents(corpus_path(s)), tokenizer, s.max_len,
+        data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, s.max_len,
                                     next_sentence=config.model_type == "bert", seed=s.seed)
         model = network.load(init, "pretraining")
     if prune.measured_sparsity(model) >= LEAST_SPARSITY:
@@ -793,19 +803,19 @@ def run_evaluate(s):
 def run_all(typed):
     """Every stage in turn for every task, then the INT8 engine on the files they left, then one table."""
     started = time.monotonic()
-    base = resolve(typed, "pretrain")
-    shared = {**typed, "preset": base.preset, "out": base.out}
-    later = {name: value for name, value in shared.items() if name not in ("init", "teacher")}
-    chosen = [typed["task"]] if "task" in typed else list(tasks.TASKS)
-    run_stage(resolve({**shared, "task": "", "sparsity": None}, "pretrain"))
-    run_stage(resolve({**later, "task": ""}, "prune"))
+    base = resolve({**typed, "task": "", "sparsity": None}, "pretrain")
+    later = {name: value for name, value in typed.items() if name not in ("init", "teacher")}
+    later.update(preset=base.preset, out=base.out)
+    pruned = resolve({**later, "task": ""}, "prune")            # every mistake in the settings shows before step 0
+    chains = [(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"),
+               *(resolve({**later, "task": task}, stage) for stage in ("finetune", "quantize")))
+              for task in ([typed["task"]] if "task" in typed else tasks.TASKS)]
+    run_stage(base)
+    run_stage(pruned)
     lines = []
-    for task in chosen:
-        dense = run_stage(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"))
-        sparse = run_stage(resolve({**later, "task": task}, "finetune"))
-        quantized = resolve({**later, "task": task}, "quantize")
-        int8 = run_stage(quantized)
-        lines.append(table_line(task, dense, sparse, int8, run_engine(quantized, int8)))
+    for chain in chains:
+        dense, sparse, int8 = (run_stage(s) for s in chain)
+        lines.append(table_line(chain[-1].task, dense, sparse, int8, run_engine(chain[-1], int8)))
     table = "\n".join([TABLE_HEAD, *lines, f"{time.monotonic() - started:,.0f} s in all, {base.threads} threads, "
                        f"seed {base.seed}, {network.processor_name()}, torch {torch.__version__}"])
     print("\n" + table)

@@ -1,9 +1,12 @@
 """Files of text and of tasks in, batches of tensors out.
 
-    text.py     plain text to documents, the WordPiece tokenizer, batches for masked-word pre-training
+    text.py     sentences, the WordPiece tokenizer, batches for masked-word pre-training
+    corpus.py   text files, WikiExtractor's output and Wikipedia dumps, read as a stream of documents
+    shards.py   a corpus of any size as token shards, memory-mapped
     tasks.py    SST-2, MNLI, QQP, QNLI and SQuAD in their published formats, batches for fine-tuning, evaluation
     metrics.py  accuracy, F1, SQuAD exact match and F1, the best answer span
     tiny.py     a small invented world: text and all five tasks, so that everything runs without a download
+    download.py the published task files and Wikipedia's dump, fetched, verified and unpacked for the readers
 
 One rule holds for every batch: row r of step s is a pure function of (seed, s, r). One process with 16 rows, four
 micro-batches of 4, and two machines with 8 each therefore train on the same rows, and a run resumed at step s goes on
@@ -18,8 +21,9 @@ class DataError(ValueError):
     which file and line, what was found there, what was expected, and what to do."""
 
 
-def decode(content: bytes, path: Path) -> str:
-    """The content of the file `path` as text with "\\n" line ends; DataError names the line that is not UTF-8.
+def decode(content: bytes, path: Path, line: int = 1) -> str:
+    """The content of the file `path` from `line` on as text with "\\n" line ends; DataError names the line that is not
+    UTF-8.
 
     Callers cut it into lines with split("\\n"), not splitlines(), which also cuts at U+2028, form feeds and other signs
     that occur inside the fields of published task files.
@@ -28,7 +32,7 @@ def decode(content: bytes, path: Path) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line += content.count(b"\n", 0, error.start)
         raise DataError(f"{path}:{line}: the byte 0x{content[error.start]:02x} is not UTF-8 text; "
                         "save the file as UTF-8 and start again") from None
     return text.replace("\r\n", "\n")

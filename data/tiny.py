@@ -6,10 +6,11 @@ Everything here is SYNTHETIC. The files have the published formats of SST-2, MNL
 the same readers serve them and the real data, but a score on them says nothing about English. They exist so that the
 whole method runs in minutes, without a network, and so that its story can be seen: pre-training carries knowledge.
 
-How: every list of concepts is cut in two. Concepts at even positions are `shown`: the tasks' training sets use only
-these. Those at odd positions are `held`: the corpus speaks of them as often as of the others, the training sets never,
-the dev sets mostly. That a held adjective is praise, that two held nouns name one thing, that two held attributes are
-opposites can only be known from the corpus, where every document keeps to one concept and names it in all its ways.
+How: a concept (a thing, an attribute, praise, blame) has several names, and every list of names is cut in two. Half
+are `shown`: the tasks' training sets use only these. The others are `held`: the corpus speaks of a concept by all its
+names alike, the training sets never use the held ones, the dev sets mostly. That a held adjective is praise, that two
+held nouns name one thing, that two held attributes are opposites can only be known from the corpus, where a document
+keeps to one concept and names it in all its ways.
 
 Labels cannot be had from the surface: both sides of a pair always differ in wording, and every word that can decide a
 label occurs with every label.
@@ -27,36 +28,32 @@ from pathlib import Path
 
 PEOPLE = ("Anna Clara Diana Ella Grace Helen Iris Julia Karen Laura Maria Nora "
           "Adam Boris Carl David Erik Frank George Henry Ivan Jacob Kevin Leo").split()
-PLACES = "market garden shop harbor forest hotel farm beach castle museum station hospital cottage bridge".split()
+PLACES = "market garden shop harbor forest hotel farm beach castle museum station hospital bridge".split()
 COLOURS = "red blue green yellow black white brown pink".split()
 NUMBERS = "two three four five six seven eight nine".split()
 WORKS = "film movie play drama novel story song show".split()
 
 
-def concepts(text):
-    """'sofa/couch lamp/lantern' -> [('sofa', 'couch'), ('lamp', 'lantern')]: one tuple of names per concept."""
-    return [tuple(names.split("/")) for names in text.split()]
+def names_of(text):
+    """'sofa/divan lamp/torch' -> [['sofa', 'divan'], ['lamp', 'torch']]: the names of each concept."""
+    return [names.split("/") for names in text.split()]
 
 
-KINDS = {  # kind: things, each with two names
-    "furnishing": concepts("sofa/couch rug/carpet lamp/lantern cupboard/closet"),
-    "garment": concepts("coat/jacket hat/cap scarf/shawl dress/gown"),
-    "vehicle": concepts("car/automobile bike/bicycle boat/ship truck/lorry"),
-    "animal": concepts("dog/hound rabbit/bunny horse/pony hen/chicken"),
-    "container": concepts("box/crate bag/sack cup/mug bottle/flask"),
-    "tool": concepts("hammer/mallet axe/hatchet spade/shovel broom/brush"),
-    "paper": concepts("letter/note map/chart photo/snapshot poster/placard"),
-    "treasure": concepts("jewel/gem coin/token crown/tiara statue/sculpture"),
+USES = {                        # what people do with a thing: the thing, by its names
+    "slept on": "sofa/couch/settee/divan", "drove": "car/automobile/sedan/limousine",
+    "sailed": "boat/ship/vessel/yacht", "rode": "horse/pony/mare/stallion", "wore": "coat/jacket/parka/anorak",
+    "put on": "hat/cap/bonnet/beret", "fed": "dog/hound/puppy/terrier", "drank from": "cup/mug/goblet/beaker",
+    "packed": "bag/sack/pouch/satchel", "opened": "box/crate/chest/carton", "read": "letter/note/message/memo",
+    "lived in": "house/cottage/cabin/villa",
 }
-THINGS = [thing for things in KINDS.values() for thing in things]
-KIND_OF = {thing: kind for kind, things in KINDS.items() for thing in things}
+THINGS = [names.split("/") for names in USES.values()]
 
-# Attributes: a dimension has two poles, a pole two names.
-DIMENSIONS = [tuple(concepts(pair)) for pair in (
-    "clean/spotless dirty/filthy", "big/large small/little", "heavy/weighty light/airy", "old/ancient new/modern",
-    "hard/stiff soft/fluffy", "wet/damp dry/arid", "cheap/affordable costly/expensive", "hot/warm cold/chilly",
-    "loud/noisy quiet/silent", "fast/quick slow/sluggish", "strong/sturdy weak/fragile", "round/circular square/boxy",
-    "thick/chunky thin/slim", "tall/high low/short", "full/filled empty/vacant", "tight/snug loose/baggy")]
+# Attributes: a dimension has two poles, a pole four names.
+DIMENSIONS = [names_of(poles) for poles in (
+    "clean/spotless/tidy/neat dirty/filthy/muddy/grimy", "big/large/huge/giant small/little/tiny/slight",
+    "old/ancient/aged/antique new/modern/recent/fresh",
+    "cheap/affordable/inexpensive/budget costly/expensive/pricey/dear", "wet/damp/moist/soaked dry/arid/parched/dusty",
+    "strong/sturdy/solid/robust weak/fragile/flimsy/frail")]
 
 PRAISE = ("splendid wonderful brilliant superb lovely charming delightful marvelous gripping funny moving clever "
           "elegant thrilling graceful stunning touching witty dazzling terrific").split()
@@ -64,17 +61,17 @@ BLAME = ("dreadful terrible boring awful dull tedious clumsy lazy ugly stale sil
          "dreary shallow lifeless horrid").split()
 
 
-def shown(items):
-    """What the tasks' training sets may use: two of three."""
-    return [item for number, item in enumerate(items) if number % 3]
+def shown(names):
+    """What the tasks' training sets may use."""
+    return names[::2]
 
 
-def held(items):
-    """What only the corpus and the dev sets use: every third."""
-    return list(items[::3])
+def held(names):
+    """What only the corpus and the dev sets use."""
+    return names[1::2]
 
 
-HELD_SHARE = 0.8                # of the dev examples are about held concepts
+HELD_SHARE = 0.8                # of the dev examples use held names
 
 
 def sentence(text):
@@ -95,31 +92,38 @@ def an(word):
 # ---------------------------------------------------------------------------------------------------------------------
 # The corpus: every document keeps to one concept, and names it in all its ways
 
-def thing_document(r, thing):
-    """Who has it, where, its colour and price, told and asked with both of its names."""
+def thing_document(r, use, names):
+    """Who has it, what for, where, its colour and price, told and asked with all of its names."""
     person, place, colour, number = r.choice(PEOPLE), r.choice(PLACES), r.choice(COLOURS), r.choice(NUMBERS)
-    lines = [lambda x: f"{person} bought the {x} at the {place}.",
-             lambda x: f"{person} found the {x} near the {place}.",
-             lambda x: f"the {x} was {colour}.", lambda x: f"the {colour} {x} was at the {place}.",
-             lambda x: f"the {x} cost {number} coins.", lambda x: f"the {x} is a kind of {KIND_OF[thing]}.",
-             lambda x: f"who bought the {x}? {person}.", lambda x: f"what colour was the {x}? {colour}.",
-             lambda x: f"where was the {x}? at the {place}.", lambda x: f"how much was the {x}? {number} coins.",
-             lambda x: f"{person} liked the {x}.", lambda x: f"this {thing[0]} is also called {an(thing[1])}."]
-    return [sentence(line(r.choice(thing))) for line in r.sample(lines, r.randint(6, 8))]
+    lines = [lambda x, y, other: f"{person} bought the {x} at the {place}.",
+             lambda x, y, other: f"{person} found the {x}, {an(y)}, near the {place}.",
+             lambda x, y, other: f"the {x} was {colour}, so the {y} is {colour}.",
+             lambda x, y, other: f"the {colour} {x} was at the {place}.",
+             lambda x, y, other: f"the {x} cost {number} coins.",
+             lambda x, y, other: f"who bought the {x}? {person} bought the {y}.",
+             lambda x, y, other: f"what colour was the {x}? the {y} was {colour}.",
+             lambda x, y, other: f"where was the {x}? the {y} was at the {place}.",
+             lambda x, y, other: f"how much was the {x}? the {y} cost {number} coins.",
+             lambda x, y, other: f"{person} {use} the {x}, not the {other}.",
+             lambda x, y, other: f"this {x} is also called {an(y)}.",
+             lambda x, y, other: f"{an(x)} is {an(y)}, never {an(other)}."]
+
+    def told(line):
+        return sentence(line(*r.sample(names, 2), r.choice(r.choice([thing for thing in THINGS if thing != names]))))
+    return [told(line) for line in r.sample(lines, r.randint(4, 5))]
 
 
 def attribute_document(r, dimension, pole):
-    """One pole of a dimension, said of many things; its opposite only behind a `not` or a `never`."""
-    names, opposite = dimension[pole], dimension[1 - pole]
+    """One pole of a dimension, said of one thing by all its names; its opposite only rarely, behind a `not`."""
+    thing = r.choice(THINGS)
 
     def line():
-        thing, (name, other) = r.choice(r.choice(THINGS)), shuffled(r, names)
-        against = r.choice(opposite)
-        return r.choice([f"the {thing} was {name}.", f"the {thing} was {name}, not {against}.",
-                         f"{r.choice(PEOPLE)} has a very {name} {thing}.", f"this {thing} is {name}, so it is {other}.",
-                         f"{an(name)} {thing} is never {against}.", f"how {name} the {thing} is!",
-                         f"this {thing} became {name}."])
-    return [sentence(line()) for _ in range(r.randint(6, 8))]
+        x, (name, other), against = r.choice(thing), r.sample(dimension[pole], 2), r.choice(dimension[1 - pole])
+        return r.choice([f"the {x} was {name}.", f"{r.choice(PEOPLE)} has a very {name} {x}.",
+                         f"this {x} is {name}, so it is {other}.", f"how {name} the {x} is!",
+                         f"this {x} became {name}.", f"the {name} {x} was very {other}.",
+                         f"{an(name)} {x} is {an(other)} one.", f"the {x} was {name}, not {against}."])
+    return [sentence(line()) for _ in range(r.randint(4, 5))]
 
 
 def review_document(r, words, others, praise):
@@ -134,16 +138,16 @@ def review_document(r, words, others, praise):
                          f"{act}: the {work} was {first}.", f"{act}, the {work} was {first} and {second}.",
                          f"the {work} was {first}: {act}.",
                          f"the {work} was not {r.choice(others)}, so {r.choice(acts[:2])}."])
-    return [sentence(line()) for _ in range(6)]
+    return [sentence(line()) for _ in range(5)]
 
 
 def corpus(r, rounds):
     """`rounds` times one document per thing and per pole, and a few reviews of each kind, in random order."""
     documents = []
     for _ in range(rounds):
-        documents += [thing_document(r, thing) for thing in THINGS + r.sample(THINGS, 16)]
-        documents += [attribute_document(r, dimension, pole) for dimension in DIMENSIONS for pole in (0, 1)]
-        for _ in range(12):
+        documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 3]
+        documents += [attribute_document(r, dimension, pole) for dimension in DIMENSIONS * 2 for pole in (0, 1)]
+        for _ in range(8):
             documents += [review_document(r, PRAISE, BLAME, True), review_document(r, BLAME, PRAISE, False)]
     return shuffled(r, documents)
 
@@ -166,28 +170,26 @@ def sentiment(r, half, label):
 
 def inference(r, half, label, mismatched):
     """MNLI: the same attribute by its other name, its opposite, or one of another dimension."""
-    first, other = r.sample(half(DIMENSIONS), 2)
-    pole = r.randint(0, 1)
-    thing, person = r.choice(r.choice(THINGS)), r.choice(PEOPLE)
-    name = r.choice(first[pole])
-    second = {"entailment": next(word for word in first[pole] if word != name),
-              "contradiction": r.choice(first[1 - pole]), "neutral": r.choice(other[r.randint(0, 1)])}[label]
-    premises = [f"{person} has {an(name)} {thing}.", f"the {thing} of {person} was {name}."]
-    if mismatched:
-        premises = [f"how {name} the {thing} is!", f"this {thing} became {name}."]
-    return sentence(r.choice(premises)), sentence(r.choice([f"the {thing} was {second}.", f"{an(second)} {thing}."]))
+    first, other = r.sample(DIMENSIONS, 2)
+    pole, person = r.randint(0, 1), r.choice(PEOPLE)
+    name, synonym = r.sample(half(first[pole]), 2)
+    second = {"entailment": synonym, "contradiction": r.choice(half(first[1 - pole])),
+              "neutral": r.choice(half(other[r.randint(0, 1)]))}[label]
+    thing = r.choice(half(r.choice(THINGS)))
+    premise = (r.choice([f"{person} has a very {name} {thing}.", f"how {name} the {thing} is!"]) if mismatched else
+               r.choice([f"the {thing} was {name}.", f"this {thing} became {name}."]))
+    return sentence(premise), sentence(r.choice([f"the {thing} was {second}.", f"this {thing} is {second}."]))
 
 
-def other_thing(r, thing, half):
-    return r.choice([other for other in half(THINGS) if other != thing])
+def two_names(r, half, same):
+    """Two names of one thing, or of two."""
+    first, second = r.sample(THINGS, 2)
+    return r.sample(half(first), 2) if same else (r.choice(half(first)), r.choice(half(second)))
 
 
 def duplicate(r, half, label):
-    """QQP: the same question about one thing by its two names, or about two things."""
-    thing = r.choice(half(THINGS))
-    first, second = shuffled(r, thing)
-    if label == 0:
-        second = r.choice(other_thing(r, thing, half))
+    """QQP: the same question about one thing by two of its names, or about two things."""
+    first, second = two_names(r, half, label == 1)
     asked = r.choice([("who bought the {}?", "which person paid for the {}?"),
                       ("where was the {}?", "at which place was the {}?"),
                       ("what colour was the {}?", "which colour had the {}?"),
@@ -196,31 +198,18 @@ def duplicate(r, half, label):
     return sentence(asked[0].format(first)), sentence(asked[1].format(second))
 
 
-def fact(r, name, asked):
-    """(sentence about `name`, [(question about `asked`, its answer in the sentence)])."""
-    person, place, colour, number = r.choice(PEOPLE), r.choice(PLACES), r.choice(COLOURS), r.choice(NUMBERS)
-    who, where = (f"Who bought the {asked}?", person), (f"Where was the {asked}?", place)
-    hue, price = (f"What colour was the {asked}?", colour), (f"How much was the {asked}?", number)
-    return r.choice([(f"{person} bought the {name} at the {place}.", [who, where]),
-                     (f"The {colour} {name} was at the {place}.", [hue, where]),
-                     (f"{person} bought the {colour} {name}.", [who, hue]),
-                     (f"The {name} cost {number} coins.", [price]),
-                     (f"The {colour} {name} cost {number} coins.", [hue, price])])
-
-
 def answerable(r, half, label):
     """QNLI: does the sentence answer the question? If not, it tells the same of another thing."""
-    thing = r.choice(half(THINGS))
-    name, asked = shuffled(r, thing)
-    if label == "not_entailment":
-        name = r.choice(other_thing(r, thing, half))
-    told, questions = fact(r, name, asked)
-    return r.choice(questions)[0], told
+    asked, told = two_names(r, half, label == "entailment")
+    return r.choice([(f"Who bought the {asked}?", f"{r.choice(PEOPLE)} bought the {told}."),
+                     (f"Where was the {asked}?", f"The {told} was at the {r.choice(PLACES)}."),
+                     (f"What colour was the {asked}?", f"The {told} was {r.choice(COLOURS)}."),
+                     (f"How much was the {asked}?", f"The {told} cost {r.choice(NUMBERS)} coins.")])
 
 
 def reading(r, half):
     """SQuAD: (context of four facts about one thing, a question about one of them, answer, its place)."""
-    thing = r.choice(half(THINGS))
+    thing = half(r.choice(THINGS))
     person, place, colour, number = (r.choice(half(words)) for words in (PEOPLE, PLACES, COLOURS, NUMBERS))
 
     def name():
@@ -287,7 +276,7 @@ def write_questions(path, r, size, dev):
     path.write_text(json.dumps(content, indent=0), encoding="utf-8")
 
 
-def write(folder, seed=0, rounds=80, train=3000, dev=900):
+def write(folder, seed=0, rounds=150, train=4000, dev=900):
     """Write corpus.txt and the folders SST-2 MNLI QQP QNLI SQuAD under `folder`; the same bytes for the same seed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

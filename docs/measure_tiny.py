@@ -3,12 +3,11 @@
     python docs/measure_tiny.py --seeds 0,1,2 --out out/measure          about 20 minutes a seed on 2 cores
 
 For each seed and task, through the commands a person would type: dense; the same without pre-training; Prune OFA;
-pruning while fine-tuning (the paper's baseline); INT8 through the real engine. The mean and the standard deviation go
-to --json.
+pruning while fine-tuning (the paper's baseline); INT8, as fake quantization and through the real engine, and how often
+the two agree. The mean and the standard deviation over seeds go to --json. Runs already under --out are not run again.
 """
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TASKS = ("sst2", "mnli", "qqp", "qnli", "squad")
 METRIC = {"squad": "f1"}                       # accuracy elsewhere
-COLUMNS = ("guessing", "no_pretraining", "dense", "gradual", "sparse", "int8_fake", "int8")
+COLUMNS = ("guessing", "no_pretraining", "dense", "gradual", "sparse", "int8_fake", "int8", "agreement")
 
 
 def run(*arguments):
@@ -68,6 +67,8 @@ def measure_seed(seed, out, sparsity):
                              ("gradual", f"gradual-{suffix}/metrics.json"), ("sparse", f"sparse-{suffix}/metrics.json"),
                              ("int8_fake", f"int8-{suffix}/metrics.json"), ("int8", f"int8-{suffix}/infer.json")):
             results[column][task] = stored(out / task / path, task)
+        agreement = json.loads((out / task / f"int8-{suffix}/infer.json").read_text())["agreement"]
+        results["agreement"][task] = min(agreement["equal_predictions"].values())
     return results
 
 
@@ -96,7 +97,7 @@ def main():
              for seed in arguments.seeds.split(",")}
     summary = summarize(seeds)
     content = {"command": "python docs/measure_tiny.py --seeds " + arguments.seeds, "sparsity": arguments.sparsity,
-               "processor": train.network.processor_name(), "cores": os.cpu_count(), "torch": torch.__version__,
+               "processor": train.network.processor_name(), "cores": train.cores(), "torch": torch.__version__,
                "python": platform.python_version(), "mean_and_deviation": summary, "seeds": seeds}
     arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{'':<15}" + "".join(f"{task:>14}" for task in (*TASKS, "average")))

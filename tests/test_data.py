@@ -14,10 +14,11 @@ import torch
 from data import DataError
 from data import tasks as tasks_module
 from data import text as text_module
+from data.corpus import read_documents
 from data.metrics import accuracy, answer_f1, best_span, binary_f1, normalize_answer, squad_scores
 from data.tasks import TASKS, TaskData, read_table
-from data.text import (IGNORED, SPECIAL_TOKENS, PretrainingData, fit_pair, load_tokenizer, read_documents,
-                       save_tokenizer, split_sentences, train_tokenizer)
+from data.text import (IGNORED, SPECIAL_TOKENS, PretrainingData, fit_pair, load_tokenizer, save_tokenizer,
+                       split_sentences, train_tokenizer)
 
 WORDS = "apple bread chair dream eagle forest garden honey island jungle kitten lemon monkey needle orange".split()
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
@@ -237,7 +238,7 @@ def test_short_targets_are_as_frequent_as_asked(tokenizer):
     documents = [["apple"] * 2000 for _ in range(22)]    # one token a sentence: a span is exactly as long as its target
     for share in (0.0, 0.1, 1.0):
         data = PretrainingData(documents, tokenizer, 64, short_probability=share)
-        lengths = data.training_spans[:, 2] - data.training_spans[:, 1]
+        lengths = np.array([end - begin for begin, end, _ in data.training_spans])
         short = lengths[lengths < 61]
         assert abs(len(short) / len(lengths) - share * 59 / 60) < 0.05      # about 700 spans; 20 more end a document
         assert lengths.min() >= 1 and lengths.max() == 61

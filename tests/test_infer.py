@@ -14,7 +14,8 @@ import model as network
 import quant
 from data import tiny
 from data.tasks import TASKS, TaskData
-from data.text import load_tokenizer, read_documents, save_tokenizer, train_tokenizer
+from data.corpus import read_documents
+from data.text import load_tokenizer, save_tokenizer, train_tokenizer
 from model import InputError, ModelConfig
 
 ROOT = Path(infer_cpu.__file__).parent
@@ -33,7 +34,7 @@ def packed_layer(out, columns, block=(1, 4), sparsity=0.8, bits=7, zero_point=No
     layer.act_range.copy_(torch.tensor([-2.0, 3.0]))
     keep = torch.rand(out // block[0], columns // block[1], generator=generator) >= sparsity
     layer.mask.copy_(keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1))
-    layer.mask[0] = False                                               # an empty row
+    layer.mask[:block[0]] = False                                       # an empty row
     quant.prepare(torch.nn.Sequential(layer), bits)
     packed = quant.pack(layer)
     if zero_point is None:
@@ -134,6 +135,11 @@ def test_blocks_operator_refuses_other_patterns_and_leaves_torchs_setting_alone(
     with pytest.raises(RuntimeError, match="1x4"):
         infer_cpu.qnnpack(packed_layer(8, 16, (4, 1)))
     usable(infer_cpu.qnnpack, packed_layer(8, 16))(torch.randn(2, 16))
+    for block in ((4, 4), (2, 8)):                                      # made of 1x4
+        packed, x = packed_layer(24, 32, block, 0.5), torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
+        product, size = infer_cpu.qnnpack(packed)
+        assert torch.allclose(product(x), quant.integer_forward(x, packed), rtol=1e-6, atol=2e-6)
+        assert packed.pattern == f"{block[0]}x{block[1]}" and size == 2 * packed.values.numel() + 4 * 25 + 8 * 24
     assert torch.backends.quantized.engine == before
 
 
@@ -239,7 +245,8 @@ def test_fp32_engine_is_the_plain_model_and_int8_is_not(directories):
     int8 = infer_cpu.load(directory, "int8", say=silent)
     assert not torch.allclose(int8(batch), plain, atol=1e-6)
     layers = [layer for _, layer in network.linears(model)]             # int8: a byte a weight, and one scale a row
-    saved = sum(3 * layer.weight.numel() - 4 * layer.out_features for layer in layers)
+    layers += [model.encoder.word, model.encoder.position, model.encoder.token_type]
+    saved = sum(3 * layer.weight.numel() - 4 * len(layer.weight) for layer in layers)
     assert int8.memory_bytes == engine.memory_bytes - saved and int8.disk_bytes < engine.disk_bytes
 
 

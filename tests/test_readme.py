@@ -1,4 +1,5 @@
-"""The README is code too: its commands parse and its files exist."""
+"""The README is code too: its commands parse, its files exist, its numbers are the measured ones."""
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,3 +40,48 @@ def test_named_files_exist():
     for name in re.findall(r"`([a-z_]+\.(?:py|txt|json))`", README):
         assert list(ROOT.glob(name)) + list(ROOT.glob(f"*/{name}")) or name in {
             "config.json", "run.json", "metrics.json", "table.txt"}, name
+
+
+def test_tiny_numbers_are_the_measured_ones():
+    """Each row of the tiny world's table against docs/tiny.json, to the printed digit."""
+    summary = json.loads((ROOT / "docs" / "tiny.json").read_text())["mean_and_deviation"]
+    rows = dict(re.findall(r"^\| <!-- (\w+) -->[^|]*\|(.*)\|$", README, re.M))
+    assert set(rows) == set(summary) - {"int8_fake"}
+    for column, cells in rows.items():
+        printed = [cell.strip() for cell in cells.split("|")]
+        measured = [f"{mean:.1%}".rstrip("%") + f" ± {deviation:.1%}".rstrip("%")
+                    for mean, deviation in summary[column].values()]
+        assert printed == measured, column
+
+
+def test_the_tiny_world_tells_the_papers_story():
+    """What the project promises of the embedded default, on the committed measurement."""
+    average = {name: row["average"][0] for name, row in
+               json.loads((ROOT / "docs" / "tiny.json").read_text())["mean_and_deviation"].items()}
+    assert average["dense"] > 0.90
+    assert average["no_pretraining"] <= average["dense"] - 0.05
+    assert average["guessing"] < 0.60
+    assert average["sparse"] >= average["dense"] - 0.02
+    assert average["gradual"] < average["sparse"]
+    assert average["int8"] >= average["sparse"] - 0.01
+    assert average["agreement"] >= 0.995
+
+
+def test_real_numbers_are_the_measured_ones():
+    """The MiniLM-L6 table against docs/sst2.json."""
+    runs = json.loads((ROOT / "docs" / "sst2.json").read_text())
+
+    def row(upstream, task, sparsity, engine=None):
+        loss, accuracy = runs[upstream]["metrics"]["validation_mlm_loss"], runs[task]["metrics"]["accuracy"]
+        cells = [sparsity, f"{loss:.2f}", f"{accuracy:.1%}".rstrip("%")]
+        if engine:
+            report = runs[engine]["engine"]
+            cells += [f"{report['metrics']['accuracy']:.1%}".rstrip("%"),
+                      f"{report['agreement']['equal_predictions']['dev']:.1%}".rstrip("%")]
+        return "| " + " | ".join(cells) + " |"
+
+    def pruned(suffix):
+        sparsity = f"{runs[f'prune-{suffix}']['sparsity']:.2%}".replace("%", " %")
+        return row(f"prune-{suffix}", f"sst2/sparse-{suffix}", sparsity, f"sst2/int8-{suffix}")
+    for expected in (row("pretrain", "sst2/teacher", "0 %"), pruned("unstructured-0.85"), pruned("1x4-0.8")):
+        assert expected in README, expected

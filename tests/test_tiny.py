@@ -72,8 +72,8 @@ def test_answers_stand_where_they_are_said_to(world):
 
 def test_held_words_are_in_the_corpus_and_never_in_training(world):
     corpus = Counter(words((world / "corpus.txt").read_text()))
-    things = {name for thing in tiny.held(tiny.THINGS) for name in thing}
-    poles = {name for dimension in tiny.held(tiny.DIMENSIONS) for pole in dimension for name in pole}
+    things = {name for names in tiny.THINGS for name in tiny.held(names)}
+    poles = {name for dimension in tiny.DIMENSIONS for names in dimension for name in tiny.held(names)}
     feelings = set(tiny.held(tiny.PRAISE)) | set(tiny.held(tiny.BLAME))
     for folder, unseen in (("SST-2", feelings), ("QQP", things), ("QNLI", things), ("MNLI", poles)):
         columns = TABLES[folder][1]

@@ -345,6 +345,8 @@ def test_quantize_never_runs_in_bf16():
     (["--stage", "prune", "--pattern", "2:4", "--sparsity", "0.85"], ["2:4", "0.5"]),
     (["--stage", "prune", "--sparsity", "1"], ["--sparsity", "1"]),
     (["--stage", "prune", "--sparsity", "-0.1"], ["--sparsity", "-0.1"]),
+    (["--stage", "all", "--sparsity", "1"], ["--sparsity", "1"]),
+    (["--stage", "pretrain", "--sparsity", "0.8"], ["--sparsity 0.8", "prune"]),
     (["--stage", "prune", "--sparsity", "nan"], ["--sparsity", "nan"]),
     (["--stage", "pretrain", "--lr", "fast"], ["--lr", "fast"]),
     (["--stage", "pretrain", "--lr", "0"], ["--lr", "above 0"]),
