@@ -559,6 +559,7 @@ def fetch(name):
         from huggingface_hub.utils import logging
         logging.set_verbosity_error()         # its five retries without a network are no news
 
+        print(f"asking the HuggingFace hub for {name}", flush=True)         # offline it takes half a minute to give up
         config = Path(hf_hub_download(name, "config.json"))
         revision = config.parent.name         # the commit, so that every file is of the same one
 
@@ -578,8 +579,9 @@ def fetch(name):
         reason = {"RepositoryNotFoundError": "it has no public model of that name",
                   "LocalEntryNotFoundError": "it cannot be reached"}.get(kind, first_line or kind)
         raise InputError(f"{name} is no folder here and could not be fetched from the HuggingFace hub ({reason}); "
-                         f"check the name, or put its config.json, vocab.txt and model.safetensors or pytorch_model.bin "
-                         f"into the folder {Path(name).absolute()} and type the same command again") from None
+                         f"check the name, or put its config.json, vocab.txt and model.safetensors or "
+                         f"pytorch_model.bin into the folder {Path(name).absolute()} and type the same command "
+                         f"again") from None
     return config.parent
 
 

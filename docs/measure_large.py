@@ -1,8 +1,8 @@
 """The largest step there is, measured: BERT-Large in the prune stage at length 512, with its teacher and full
 distillation, and one evaluation; how long each takes and the peak memory.
 
-    python docs/measure_large.py                         about 11 GB and 3 minutes on one core
-    python docs/measure_large.py --preset bert-base
+    python docs/measure_large.py                          9 GB, a minute of one core
+    python docs/measure_large.py --preset bert-base       3 GB
 
 The weights are random, written to a file of the published shape first, so that loading is part of what is measured; the
 text is random word pieces, which cost what words cost.

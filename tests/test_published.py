@@ -464,7 +464,7 @@ def test_every_stage_takes_a_name_for_init_and_teacher(hub, monkeypatch):
     assert (settings.pattern, settings.sparsity, settings.init) == ("1x4", 0.75, NAME)
     settings = finetune(NAME, teacher=NAME)
     assert train.parents_of(settings) == (hub.snapshot, hub.snapshot)
-    assert "no preset" in error_of(train.resolve, {"stage": "evaluate", "init": NAME})     # its size was looked up there
+    assert "no preset" in error_of(train.resolve, {"stage": "evaluate", "init": NAME})     # its size was looked up
 
 
 def one_sentence(capsys, *arguments):
@@ -573,7 +573,7 @@ def test_default_recipe_command_line_in_this_order(tmp_path):
 
 
 def test_operations_by_hand():
-    """BERT-Base: 85 million encoder weights, 512 x 512 scores and as many sums a layer, 24 million for the vocabulary."""
+    """BERT-Base: 85 million encoder weights, 512 x 512 scores and as many sums a layer, 24 million for words."""
     weights, vocabulary = 12 * (4 * 768 * 768 + 2 * 768 * 3072), 768 * (768 + 30522)
     token = 2 * weights + 12 * 2 * 2 * 512 * 768
     tokens = 100_000 * 256 * 512
