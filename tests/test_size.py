@@ -7,6 +7,7 @@ import re
 import resource
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -506,6 +507,7 @@ def test_a_model_in_several_files_is_counted_whole(tmp_path, capsys):
     parts, _ = report_of(tmp_path, capsys)
     files = ["model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"]
     assert parts["file_bytes"] == sum((tmp_path / name).stat().st_size for name in files)
+    assert parts["zip_bytes"] == sum(len(zlib.compress((tmp_path / name).read_bytes(), wbits=-15)) for name in files)
     assert parts["kinds"] == whole["kinds"] and parts["dense_file_bytes"] == whole["dense_file_bytes"]
     assert infer_cpu.load(tmp_path, "fp32").disk_bytes == parts["file_bytes"]
 
