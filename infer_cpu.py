@@ -253,8 +253,14 @@ def load_fp32(directory):
         layer.mask = None                       # not read any more
         layer.kernel = partial(F.linear, weight=layer.weight, bias=layer.bias)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    file = next(path for name in ("model.safetensors", "pytorch_model.bin") if (path := directory / name).is_file())
-    return Engine("fp32", model, "dense float32", size, file.stat().st_size)
+    path = next(path for name in network.WEIGHT_FILES if (path := directory / name).is_file())
+    return Engine("fp32", model, "dense float32", size, sum(file.stat().st_size for file in weight_files(path)))
+
+
+def weight_files(path):
+    """One of network.WEIGHT_FILES -> [it], or an index and all the files that it lists."""
+    listed = network.read_json(path)["weight_map"].values() if path.suffix == ".json" else ()
+    return [path, *(path.with_name(name) for name in sorted(set(listed)))]
 
 
 def load_integer(directory, name, say=print):
@@ -595,7 +601,7 @@ def tensor_kind(model_type, name):
     generic = re.sub(r"\.\d+\.", ".{}.", name)
     found = ours.get(generic) or ours.get(generic.rpartition(".")[0])
     if found is None:
-        return "other"
+        return "heads" if network.is_head(name, model_type) else "other"       # a decoder of its own
     group, _, last = found.rpartition(".")
     if last.endswith("norm") or name.endswith("bias"):
         return "norms and biases"
@@ -629,7 +635,7 @@ def packed_tensors(directory):
 def plain_tensors(directory):
     """The same of model.safetensors or pytorch_model.bin, and the file. Zeros are counted in the layers that pruning
     may touch or has beside it; they are stored, and their bytes are told."""
-    tensors, path = network.read_weights(directory)
+    tensors, path = network.read_weights(directory, say=to_stderr)
     model_type = network.read_config(directory)[0].model_type
     entries = []
     for name, tensor in tensors.items():
@@ -641,7 +647,7 @@ def plain_tensors(directory):
 
 
 def deflated_bytes(path):
-    """How long a file is as a zip stores it."""
+    """How long a file is as a zip holds it."""
     compressor, size = zlib.compressobj(wbits=-15), 0
     with open(path, "rb") as file:
         while chunk := file.read(2 ** 20):
@@ -670,7 +676,8 @@ def size_report(directory, engine="auto"):
     # What network.save would write of the same model, dense and in float32.
     header, _ = network.safetensors_header({name: torch.empty(tensor.shape, device="meta")
                                             for name, tensor in shapes.items()})
-    dense, size, zipped = len(header) + total["dense_bytes"], path.stat().st_size, deflated_bytes(path)
+    dense, files = len(header) + total["dense_bytes"], weight_files(path)
+    size, zipped = sum(file.stat().st_size for file in files), sum(map(deflated_bytes, files))
     return {"file": str(path), "quantized": quantized, "kinds": rows, "encoder": encoder, "tensors": total,
             "header_bytes": size - total["stored_bytes"], "file_bytes": size, "zip_bytes": zipped,
             "dense_file_bytes": dense,
@@ -691,7 +698,7 @@ def print_size(report):
     for name, row in [*report["kinds"].items(), ("encoder's layers", report["encoder"]), ("all", report["tensors"])]:
         print(f"{name:<17}" + "".join(f"{row[column]:>14,}" for column in SIZES)
               + f"{times_smaller(ratio(row['dense_bytes'], row['stored_bytes'])):>14}")
-    print(f"{'header, copies':<17}{report['header_bytes']:>98,}\n{'whole file':<17}{report['file_bytes']:>98,}\n")
+    print(f"{'header, rest':<17}{report['header_bytes']:>98,}\n{'whole file':<17}{report['file_bytes']:>98,}\n")
     encoder, ratios = report["encoder"], report["ratios"]
     dense, file = encoder["dense_bytes"], report["dense_file_bytes"]
     lines = [("values_only", "encoder, values only (the paper's count)", dense, encoder["value_bytes"]),

@@ -7,6 +7,7 @@ import re
 import resource
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -334,7 +335,8 @@ def test_an_empty_tensor_of_a_strange_shape(victim, tmp_path, shape):
 
 @pytest.mark.parametrize("key, value, word", [
     ("num_hidden_layers", 2 ** 31, "tensors"), ("num_hidden_layers", 3, "layer.2"), ("num_hidden_layers", 1, "layer.1"),
-    ("hidden_size", 2 ** 31, "overflow"), ("hidden_size", 60_000, "expected"), ("intermediate_size", 2 ** 30, "overflow"),
+    ("hidden_size", 2 ** 31, "overflow"), ("hidden_size", 60_000, "expected"),
+    ("intermediate_size", 2 ** 30, "overflow"),
     ("vocab_size", 2 ** 31, "word_embeddings"), ("max_position_embeddings", 2 ** 31, "position_embeddings"),
     ("type_vocab_size", 2 ** 31, "token_type"), ("architectures", [{}], "architectures"),
     ("architectures", ["BertForQuestionAnswering"], "qa_outputs")])
@@ -440,7 +442,7 @@ def test_report_equals_a_recount(tmp_path, capsys, model_type, kind, pattern, sp
 def test_random_weights_show_the_papers_40(tmp_path, capsys):
     report, printed = report_of(tmp_path, capsys, "--random", "tiny", "--sparsity", "0.9")
     tiny = network.PRESETS["tiny"]
-    sizes = tiny.num_hidden_layers * ([tiny.hidden_size ** 2] * 4 + [tiny.hidden_size * tiny.intermediate_size] * 2)
+    sizes = tiny.num_hidden_layers * (4 * [tiny.hidden_size ** 2] + 2 * [tiny.hidden_size * tiny.intermediate_size])
     alive = sum(size - math.floor(0.9 * size) for size in sizes)
     assert report["encoder"]["surviving"] == report["encoder"]["value_bytes"] == alive
     assert report["ratios"]["values_only"] == 4 * sum(sizes) / alive == pytest.approx(40, abs=0.02)
@@ -483,11 +485,31 @@ def test_half_precision_and_pickled_files_are_counted_at_their_width(tmp_path, c
     half, _ = report_of(tmp_path, capsys)
     assert half["ratios"]["values_only"] == pytest.approx(8, rel=0.01) and half["ratios"]["with_masks"] == 2
     (tmp_path / "model.safetensors").unlink()
-    tensors["surplus.weight"] = torch.zeros(3)
+    tensors["cls.predictions.decoder.weight"] = torch.zeros(3)          # not tied
+    tensors["surplus.weight"] = torch.zeros(5)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     pickled, _ = report_of(tmp_path, capsys)
-    assert pickled["encoder"] == half["encoder"] and pickled["kinds"]["other"]["weights"] == 3
+    assert pickled["encoder"] == half["encoder"] and pickled["kinds"]["other"]["weights"] == 5
+    assert pickled["kinds"]["heads"]["weights"] == half["kinds"]["heads"]["weights"] + 3
     assert pickled["file_bytes"] == (tmp_path / "pytorch_model.bin").stat().st_size
+
+
+def test_a_model_in_several_files_is_counted_whole(tmp_path, capsys):
+    network.save(ready(SMALL), tmp_path)
+    whole, _ = report_of(tmp_path, capsys)
+    tensors, names = network.read_safetensors(tmp_path / "model.safetensors")[0], {}
+    for number in range(2):
+        part = dict(list(tensors.items())[number::2])
+        names.update(dict.fromkeys(part, f"part-{number}.safetensors"))
+        network.write_safetensors(tmp_path / f"part-{number}.safetensors", part)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    parts, _ = report_of(tmp_path, capsys)
+    files = ["model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"]
+    assert parts["file_bytes"] == sum((tmp_path / name).stat().st_size for name in files)
+    assert parts["zip_bytes"] == sum(len(zlib.compress((tmp_path / name).read_bytes(), wbits=-15)) for name in files)
+    assert parts["kinds"] == whole["kinds"] and parts["dense_file_bytes"] == whole["dense_file_bytes"]
+    assert infer_cpu.load(tmp_path, "fp32").disk_bytes == parts["file_bytes"]
 
 
 def test_size_of_what_is_not_there(victim, tmp_path, capsys):
