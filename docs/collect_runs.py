@@ -18,7 +18,8 @@ def collect(root):
         runs[str(path.parent.relative_to(root))] = entry = {
             "settings": {name: run["settings"][name] for name in SETTINGS if run["settings"][name] not in ("", None)},
             **{name: run[name] for name in ("processor", "cores", "torch", "git_commit")},
-            **{name: result[name] for name in ("metrics", "sparsity", "file_bytes", "training_seconds")}}
+            **{name: result[name] for name in ("metrics", "sparsity", "training_seconds")},
+            "file_bytes": {file.name: file.stat().st_size for file in sorted(path.parent.glob("*.safetensors"))}}
         engine = path.parent / "infer.json"
         if engine.is_file():
             entry["engine"] = json.loads(engine.read_text())
