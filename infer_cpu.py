@@ -416,8 +416,7 @@ def run_text(settings):
 # --evaluate
 
 def fake_quant_model(directory):
-    """The quantized model as it was trained, and with the embeddings of its int8.safetensors: float32 arithmetic with
-    fake quantization. A function of a batch."""
+    """The quantized model as it was trained: float32 arithmetic with fake quantization. A function of a batch."""
     kind, _, raw = quant.kind_of(directory)
     record = raw.get("compression") or {}
     bits, scales = record.get("activation_bits"), record.get("weight_scales")
@@ -426,9 +425,6 @@ def fake_quant_model(directory):
                          f"has no activation_bits and weight_scales; run python train.py --stage quantize first")
     model = network.load(directory, kind).eval()
     quant.prepare(model, bits, scales)
-    packed = Path(directory) / "int8.safetensors"
-    if packed.is_file() and network.read_safetensors(packed)[1].get("embeddings") == "int8":
-        quant.round_embeddings(model)
     return Engine("fake-quant", model, "", 0, 0)
 
 

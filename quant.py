@@ -6,9 +6,9 @@
 
 Zero is a level of both grids, so pruned weights stay exactly zero. The fake path (quantization-aware training,
 arXiv 1712.05877, 1910.06188) and the integer path call the same functions for scales and levels: they are the same
-arithmetic by construction. Every Linear is rounded, the pooler and the task head too; layer norms, softmax and GELU
-stay float32, and so do the embeddings in training: only the file holds their rows in int8. The paper's reference code
-also rounds the outputs of query, key, intermediate and pooler once more; we do not: a product leaves in float32.
+arithmetic by construction. Every Linear is rounded, the pooler and the task head too, and the rows of the embeddings,
+once, before training; layer norms, softmax and GELU stay float32. The paper's reference code also rounds the outputs of
+query, key, intermediate and pooler once more; we do not: a product leaves in float32.
 
 Shapes as in model.py, and: out, in = sizes of a Linear; R x C = pruning block, R outputs by C inputs.
 """
@@ -319,10 +319,12 @@ def embeddings(model):
 
 
 def round_embeddings(model):
-    """Replace the embeddings by what int8.safetensors holds of them, in float32 and in place."""
+    """Put every embedding's rows on the grid of int8.safetensors, in float32 and in place, and freeze them there: the
+    rest of the network is then trained on what the file will hold."""
     with torch.no_grad():
         for _, module in embeddings(model):
             module.weight.copy_(Int8Embedding(*quantize_weight(module.weight)).weight)
+            module.weight.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

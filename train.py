@@ -565,6 +565,7 @@ def prepare_layers(s, model):
                              f"has next to none; prune it first, or give --sparsity 0 for a dense model")
     if s.stage == "quantize":
         quant.prepare(model, s.activation_bits, s.weight_scales)
+        quant.round_embeddings(model)
 
 
 def ramp_of(s):

@@ -166,6 +166,7 @@ def write_model(directory, world, task, block=(1, 4), bits=None, quantized=True,
             keep = torch.rand(layer.out_features // block[0], layer.in_features // block[1]) >= 0.8
             layer.mask.copy_(keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1))
     quant.prepare(model, bits)
+    quant.round_embeddings(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         batch = data.collate(data.rows(step, 16))

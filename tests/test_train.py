@@ -97,6 +97,16 @@ def test_every_stage_leaves_a_whole_directory(chain):
         assert run["settings"]["steps"] == 12 and run["torch"] == torch.__version__
 
 
+def test_quantized_model_was_trained_on_the_embeddings_of_its_file(chain):
+    directory = chain / "sst2" / "int8-1x4-0.85"
+    weights, _ = network.read_safetensors(directory / "model.safetensors")
+    packed, _ = network.read_safetensors(directory / "int8.safetensors")
+    for kind in ("word", "position", "token_type"):
+        stem = f"bert.embeddings.{kind}_embeddings."
+        rows = packed[stem + "values"] * packed[stem + "weight_scale"][:, None]
+        assert torch.allclose(weights[stem + "weight"], rows, rtol=1e-6, atol=0), kind
+
+
 def test_sparsity_is_exact_and_locked(chain):
     """Zeros counted in the stored tensors: exactly floor(0.85 blocks) per layer after pruning, never fewer later."""
     weights, _ = network.read_safetensors(chain / "prune-1x4-0.85" / "model.safetensors")
