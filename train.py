@@ -482,16 +482,17 @@ def join_processes(s):
     dist.init_process_group("nccl" if s.device == "cuda" else "gloo", timeout=SILENCE)
 
 
-def demand_agreement(**facts):
+def demand_agreement(facts):
     """InputError unless every process found the same: another file, CPU or checkpoint would train another model."""
     if not dist.is_initialized():
         return
-    others = [None] * processes()
-    dist.all_gather_object(others, facts)
-    for name, value in others[0].items():
-        if value != facts[name]:
-            raise InputError(f"process {rank()} has {name} {facts[name]}, and process 0 has {value}; every machine needs "
-                             f"the same command, files and --out folder")
+    found = [None] * processes()
+    dist.all_gather_object(found, facts)
+    for number, others in enumerate(found):
+        for name, value in others.items():
+            if value != found[0][name]:
+                raise InputError(f"process {number} has {name} {value}, and process 0 has {found[0][name]}; every "
+                                 f"machine needs the same command, files and --out folder")
 
 
 def summed(numbers, device):
@@ -592,7 +593,7 @@ def run_stage(s):
     s.epochs = None
     inputs = fingerprints(s, init, teacher_directory)
     state = newest_checkpoint(s, inputs, out, notes)
-    demand_agreement(settings=asdict(s), files=inputs, step=state and state["step"])
+    demand_agreement({**asdict(s), "files": inputs, "checkpoint": state and state["step"]})
     log = begin_directory(s, out, state, describe_run(s, init, teacher_directory, inputs))
     for line in [*notes, *wrapped_settings(s)]:
         log.say("  " + line)
