@@ -12,6 +12,7 @@
 """
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import datetime
@@ -23,6 +24,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -70,6 +72,8 @@ class Settings:
     epochs: float | None = None       # passes over the training rows, in place of --steps
     batch_size: int = 32              # rows per optimizer step
     micro_batch: int | None = None    # rows per forward pass of a process; default: all of its share of the batch
+    activation_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
+    compile: bool = False             # let torch.compile fuse each layer; needs a C++ compiler on a CPU
     max_len: int = 128                # tokens per row, at most
     lr: float = 1e-4                  # peak learning rate
     beta2: float = 0.999              # AdamW's memory of squared gradients
@@ -97,7 +101,8 @@ class Settings:
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
 # May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums.
-NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "threads", "save_every", "save_minutes", "keep", "log_every")
+NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "activation_checkpointing", "compile", "threads", "save_every",
+                       "save_minutes", "keep", "log_every")
 FINGERPRINT_BYTES = 32 << 20      # read of a file's beginning, and again of its end, to know it again
 SILENCE = datetime.timedelta(minutes=30)    # how long processes wait for one another before they give up
 
@@ -351,6 +356,9 @@ def check(s):
         raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
                          f"--stage prune")
     upstream = s.stage in ("pretrain", "prune") or not s.task
+    if s.activation_checkpointing and s.stage == "quantize":
+        raise InputError("--activation-checkpointing does not go with --stage quantize, whose activation ranges follow "
+                         "every forward pass; give a smaller --micro-batch to save memory")
     if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
         raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
                          + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
@@ -680,6 +688,10 @@ def prepare_layers(s, model):
     if s.stage == "quantize":
         quant.prepare(model, s.activation_bits, s.weight_scales)
         quant.round_embeddings(model)
+    model.encoder.recompute = s.activation_checkpointing
+    if s.compile:
+        for layer in model.encoder.layers:
+            layer.compile()
 
 
 def ramp_of(s):
@@ -693,6 +705,60 @@ def ramp_of(s):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory, before it is needed
+
+# Measured: arrays of a chunk's logits in float32 that are there at once while its loss and their gradient are computed,
+# without a teacher and with one; and what of earlier chunks the C library has not given back.
+LOGITS_KEPT, LOGITS_LEFT = {False: 3, True: 10}, 4
+
+
+def memory_now():
+    """Bytes that this process holds; 0 where the system does not tell (only Linux does)."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
+
+
+def kept_by_layer(s, model, shape):
+    """Bytes that autograd keeps of one layer's forward pass, weights and masks aside: a copy of the layer is run on an
+    input of that shape (rows, tokens, hidden size)."""
+    layer, kept = copy.deepcopy(model.encoder.layers[0]).train(), {}
+    own = {tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.zeros(shape, device=s.device, requires_grad=True)
+    mask = torch.ones(shape[0], 1, 1, shape[1], dtype=torch.bool, device=s.device)
+    with (torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16"),
+          torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)):
+        output = layer.forward(x, mask)
+    del output
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def estimate_memory(s, model, teacher):
+    """The peak of the training to come, in bytes of a process (on a GPU: of its memory), from what is there now: the
+    models, data and libraries. To that come AdamW's two numbers for each weight, and then either the gradients, or what
+    a forward pass keeps and the logits in flight; both where micro-batches add up gradients."""
+    rows = min(s.micro_batch, s.batch_size // processes())
+    shape = (rows, s.max_len, model.config.hidden_size)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layer, layers, hidden = kept_by_layer(s, model, shape), len(model.encoder.layers), 4 * math.prod(shape)
+    forward = 3 * hidden + (layers * hidden + layer if s.activation_checkpointing else layers * layer)
+    if model.kind == "pretraining":
+        words = model.encoder.word.weight
+        positions = rows * s.max_len * (1 if teacher and s.kd_positions == "all" else 0.15)
+        forward += 2 * 4 * words.numel()                    # their gradient, and a chunk's share of it
+        logits = positions * len(words)
+        copies = LOGITS_KEPT[bool(teacher)] + LOGITS_LEFT * (logits > distill.CHUNK_ELEMENTS)
+        forward += int(4 * copies * min(distill.CHUNK_ELEMENTS, logits))
+    now = torch.cuda.memory_allocated() if s.device == "cuda" else memory_now()
+    return now + 2 * weights + (weights + forward if rows * processes() < s.batch_size else max(weights, forward))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 def train(s, model, teacher, data, inputs, log, out, state):
@@ -703,6 +769,7 @@ def train(s, model, teacher, data, inputs, log, out, state):
     if ramp and ramp.end >= s.steps:
         raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {ramp.end}; give more "
                          f"--steps")
+    log.say(f"  training will take about {estimate_memory(s, model, teacher) / 1e9:.2f} GB of memory at its peak")
     optimizer = make_optimizer(s, model)
     first, earlier = restore(model, optimizer, state) if state else (0, 0.0)
     autocast = torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
