@@ -25,7 +25,6 @@ import os
 import platform
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -97,12 +96,13 @@ class Settings:
     save_minutes: float = 5.0         # minutes between checkpoints
     keep: int = 2                     # newest checkpoints to keep
     log_every: int = 10               # steps between two lines of log.csv
+    watch: str = ""                   # show how the run in this directory stands, from its log; nothing else is done
 
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
 # May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums.
 NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "activation_checkpointing", "compile", "threads", "save_every",
-                       "save_minutes", "keep", "log_every")
+                       "save_minutes", "keep", "log_every", "watch")
 FINGERPRINT_BYTES = 32 << 20      # read of a file's beginning, and again of its end, to know it again
 SILENCE = datetime.timedelta(minutes=30)    # how long processes wait for one another before they give up
 
@@ -467,8 +467,8 @@ def fingerprints(s, init, teacher):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun. Each takes its share of every batch and comes to the same sums, so their models
-# stay the same; the first, rank 0, alone writes and speaks.
+# Several processes, started by torchrun. Each takes its share of every batch and comes to the same sums, so that their
+# models stay the same; the first, rank 0, alone writes and speaks.
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -557,6 +557,55 @@ class Log:
                 writer.writerow(values)
                 self.header = True
             writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in values.values())
+
+
+def bars(numbers, width=60):
+    """Numbers as a line of at most `width` bars, from the least to the largest; each the mean of its share of them."""
+    shares = [numbers[len(numbers) * i // width:len(numbers) * (i + 1) // width] for i in range(width)]
+    means = [sum(share) / len(share) for share in shares if share]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low)) if high > low else 0] for mean in means)
+
+
+def run_state(directory):
+    """(text that tells how the run in a directory stands, whether it is finished), from run.json and log.csv, which may
+    be growing meanwhile: a line that is no row of numbers is passed over. InputError if there is no such run."""
+    settings = network.read_json(directory / "run.json").get("settings")
+    if not isinstance(settings, dict) or type(settings.get("steps")) is not int or settings["steps"] < 1:
+        raise InputError(f"{directory / 'run.json'} does not say how many steps the run has")
+    table = directory / "log.csv"
+    names, *lines = (table.read_text(errors="replace").splitlines() if table.is_file() else []) or [""]
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(dict(zip(names.split(","), map(float, line.split(",")), strict=True)))
+    rows = [row for row in rows if {"step", "seconds"} <= row.keys()
+            and all(abs(value) < 1e30 for value in row.values())]
+    finished = (directory / "metrics.json").is_file()
+    if not rows:
+        return f"{directory}: {settings.get('stage')}, no step logged yet", finished
+    steps, last = settings["steps"], rows[-1]
+    left = last["seconds"] / max(1, last["step"]) * (steps - last["step"])
+    state = [f"{directory}: {settings.get('stage')}, step {last['step']:,.0f} of {steps:,} "
+            f"({last['step'] / steps:.0%}) after {last['seconds'] / 60:,.1f} minutes, "
+            + ("finished" if finished else f"about {left / 60:,.1f} to go")
+            + f"; last logged {time.time() - table.stat().st_mtime:,.0f} s ago"]
+    for name in last:
+        numbers = [row[name] for row in rows if name in row]
+        if name not in ("step", "seconds"):
+            state.append(f"{name:<18}{bars(numbers):<60}  {numbers[0]:>10.4g} to {numbers[-1]:<10.4g}")
+    return "\n".join(state), finished
+
+
+def watch(directory):
+    """Print the state of a run: once into a file, on a terminal every two seconds until the run is finished."""
+    finished = False
+    while not finished:
+        state, finished = run_state(directory)
+        print("\033[H\033[2J" * sys.stdout.isatty() + state, flush=True)
+        if not sys.stdout.isatty():
+            return
+        time.sleep(0 if finished else 2)
 
 
 def describe_run(s, init, teacher, inputs):
@@ -1158,6 +1207,8 @@ def main(arguments=None):
         stage = typed.get("stage", "all")
         if typed.get("recipe") == "help":
             print(recipe_table())
+        elif "watch" in typed:
+            watch(Path(typed["watch"]))
         elif stage in ("all", "evaluate") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError(f"--stage {stage} runs in one process; under torchrun, give one training stage at a time")
         elif stage == "all":

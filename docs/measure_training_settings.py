@@ -98,7 +98,8 @@ def main():
         if done.returncode:
             sys.exit(done.stderr)
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{setting:<32}{found['tokens_per_second']:>10,.0f}{found['peak_gb']:>10.2f}{found['estimated_gb']:>10.2f}"
+        print(f"{setting:<32}{found['tokens_per_second']:>10,.0f}{found['peak_gb']:>10.2f}"
+              f"{found['estimated_gb']:>10.2f}"
               f"{found['estimated_gb'] / found['peak_gb'] - 1:>8.0%}", flush=True)
 
 

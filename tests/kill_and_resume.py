@@ -40,8 +40,8 @@ def kill(arguments, directory, steps, generator, while_writing):
     while not os.waitpid(child, os.WNOHANG)[0]:
         if while_writing:
             seen.update(path.name for path in directory.glob(".train-*.tmp"))
-        elif reached is None and (moment == 0 or log.is_file() and log.read_text().count("\n") > moment - 1):
-            reached = time.monotonic()          # the header is a line too, and is written with the first step
+        elif reached is None and (moment == 0 or log.is_file() and log.read_text().count("\n") > moment):
+            reached = time.monotonic()                              # more, because the header is a line too
         if len(seen) >= writings or reached is not None and time.monotonic() > reached + delay:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -57,8 +57,8 @@ def kill(arguments, directory, steps, generator, while_writing):
 
 
 def torture(stage, chain, world, kills, seed, steps, scratch):
-    """Kill one stage so many times. Returns {what was hit: how often}; RuntimeError if a resumed run ends otherwise than
-    the one in `chain`."""
+    """Kill one stage so many times. Returns {what was hit: how often}; RuntimeError if a resumed run ends otherwise
+    than the one in `chain`."""
     generator, hits, done = random.Random(f"{stage} {seed}"), {}, 0
     while done < kills:
         out = Path(tempfile.mkdtemp(dir=scratch))

@@ -43,7 +43,7 @@ def weights(directory):
 # Checkpoints
 
 def test_newest_whole_checkpoint_is_taken(world, chain, tmp_path, capsys):
-    """Of four checkpoints the newest two are damaged: the run goes on from the third, says so, and ends as it should."""
+    """Of four checkpoints the newest two are damaged: the run goes on from the third, says so, and ends as ever."""
     arguments = [*commands(world, tmp_path)["pretrain"], "--save-every", "1", "--keep", "4"]
     stop_after(7, arguments, tmp_path / "out.txt")
     directory = tmp_path / "pretrain"
@@ -154,7 +154,8 @@ def test_read_only_folder(world, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o555)
     mounted = os.geteuid() == 0         # root may write anywhere but on a file system without writing
-    if mounted and subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if mounted and subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("root, and not allowed to mount")
     try:
         message = fails(capsys, *commands(world, folder)["pretrain"])
