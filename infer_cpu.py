@@ -3,7 +3,7 @@
     python infer_cpu.py MODEL_DIR --text "a warm and funny film"                      label and probability
     python infer_cpu.py MODEL_DIR --text "Who wrote it?" --context "Ada wrote it."    answer and score (SQuAD models)
     python infer_cpu.py MODEL_DIR --evaluate --agreement                              the task's metrics, on its dev set
-    python infer_cpu.py MODEL_DIR --evaluate --predictions FOLDER                     and what the official scripts score
+    python infer_cpu.py MODEL_DIR --evaluate --predictions FOLDER                     and files for the official scripts
     python infer_cpu.py MODEL_DIR --benchmark --batch-size 1,16                       every engine side by side
     python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   the same without training
     python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
@@ -788,8 +788,8 @@ def parse(arguments=None):
     parser.add_argument("--task", choices=tuple(TASKS), help="with --evaluate; default: what the model was trained on")
     parser.add_argument("--data", metavar="DIR", help="with --evaluate: the task folders; default: the tiny world")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="with --evaluate; test has no labels")
-    parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there as GLUE's server and "
-                        "SQuAD's script take them")
+    parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there, as GLUE's server "
+                        "and SQuAD's script take them")
     parser.add_argument("--limit", type=count, help="with --evaluate: only so many examples of a dev set")
     parser.add_argument("--agreement", action="store_true", help="with --evaluate: compare with the fake-quant model")
     parser.add_argument("--batch-size", type=counts, default=[1, 16], help="with --benchmark: for example 1,16")

@@ -330,8 +330,9 @@ def test_written_predictions_score_as_reported(directories, world, tmp_path, cap
     for a file without labels."""
     folder, reports = world[0], {}
     for name, extra in (("blocks", ["--agreement"]), ("unstructured", []), ("squad", [])):
-        infer_cpu.main([str(directories[name]), "--evaluate", "--data", str(folder), "--limit", "60", "--engine", "int8",
-                        "--predictions", str(tmp_path / "new" / name), "--json", str(tmp_path / "out.json"), *extra])
+        infer_cpu.main([str(directories[name]), "--evaluate", "--data", str(folder), "--limit", "60", "--engine",
+                        "int8", "--predictions", str(tmp_path / "new" / name), "--json", str(tmp_path / "out.json"),
+                        *extra])
         reports[name] = json.loads((tmp_path / "out.json").read_text())["metrics"]
     written = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*.*")}
     assert written == {"blocks/SST-2.tsv", "unstructured/MNLI-m.tsv", "unstructured/MNLI-mm.tsv",
