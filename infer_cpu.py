@@ -483,10 +483,10 @@ def run_evaluate(settings):
     classes = engine.model.classifier.out_features if kind == "classification" else len(data.labels)
     if classes != len(data.labels):
         raise InputError(f"--task {task} has {len(data.labels)} labels, and {settings.model} tells {classes} apart")
+    reference = fake_quant_model(settings.model) if settings.agreement else None
     predictions_folder = make_folder(settings.predictions) if settings.predictions else None
     report = {"engine": engine.name, "layout": engine.layout, "task": task}
     if settings.agreement:
-        reference = fake_quant_model(settings.model)
         report["metrics"], predictions, figures = agreement(data, engine, reference, settings.limit)
         report["agreement"] = figures
     else:

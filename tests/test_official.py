@@ -214,7 +214,7 @@ def official_squad(predictions, answers):
 
 PIECES = ["the", "The", "a", "an", "An", "theatre", "cat", "cat", "Cat", "U.S.", "1,000", "don't", "--", "...", "$5",
           "%", "_the_", "\u2014", "caf\xe9", "\u0130stanbul", "stra\xdfe", "na\xefve", "\u4e2d\u6587", "\u2019s",
-          "\xa0", "\u201cthe\u201d", "\u2028", "\u0301", "a\u2013b", "the\u2019"]
+          "\xa0", "\u201cthe\u201d", "\u2028", "\u0301", "a\u2013b", "the\u2019", *string.punctuation]
 
 
 def random_answer(generator):
