@@ -121,6 +121,23 @@ def test_evaluate_reads_what_the_stage_wrote(chain, world, capsys):
         assert f"accuracy {stored['accuracy']:.4f}" in capsys.readouterr().out
 
 
+def test_evaluate_takes_rows_as_typed_or_as_trained_or_as_published(chain, world, tmp_path, monkeypatch, capsys):
+    """And for a model that records no length, BERT's own: 128, for SQuAD 384, if it has so many positions."""
+    lengths, TaskData = [], train.tasks.TaskData
+    monkeypatch.setattr(train.tasks, "TaskData", lambda *a, **k: lengths.append(a[3]) or TaskData(*a, **k))
+    trained, foreign = chain / "sst2" / "teacher", tmp_path / "foreign"
+    shutil.copytree(trained, foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    assert config.pop("compression")["max_len"] == 48 and config["max_position_embeddings"] == 128
+    (foreign / "config.json").write_text(json.dumps(config))
+    for directory, typed, expected in ((trained, [], 48), (trained, ["--max-len", "40"], 40), (foreign, [], 128)):
+        train.main(["--stage", "evaluate", "--init", str(directory), "--task", "sst2", "--data", str(world), *typed])
+        assert lengths[-1] == expected
+    assert "--max-len 129" in fails(capsys, "--stage", "evaluate", "--init", trained, "--task", "sst2", "--data", world,
+                                    "--max-len", "129")
+    assert [train.tasks.TASKS[task].max_length for task in ("mnli", "squad")] == [128, 384]
+
+
 def test_squad_and_pairs_run_through_the_chain(world, chain, tmp_path):
     """A span task and a pair task, starting from the same sparse model; the sparse span model has no pooler."""
     for task in ("squad", "qnli"):
