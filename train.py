@@ -536,7 +536,7 @@ class Log:
             first, *rows = self.table.read_text(errors="replace").splitlines() or [""]
             kept = [row for row in rows if row.count(",") == first.count(",") and row.split(",")[0].isdigit()
                     and int(row.split(",")[0]) <= begin_step]
-            network.write_file(self.table, "".join(line + "\n" for line in (first, *kept)))
+            network.write_file(self.table, "".join(line + "\n" for line in (first, *kept) if line))
             self.header = bool(first)
         else:
             network.write_file(self.table, "")
