@@ -283,6 +283,11 @@ def resolve(typed, stage=None):
     return s
 
 
+def deciding(s):
+    """{setting: value} of those that decide what is computed."""
+    return {name: value for name, value in asdict(s).items() if name not in NOT_PART_OF_THE_RUN}
+
+
 def allowed_masks(s):
     """What --mask may be for this stage and sparsity, the default first."""
     locked = ("locked",) if s.sparsity else ("dense",)
@@ -650,7 +655,7 @@ def run_stage(s):
     s.epochs = None
     inputs = fingerprints(s, init, teacher_directory)
     state = newest_checkpoint(s, inputs, out, notes)
-    demand_agreement({**asdict(s), "files": inputs, "checkpoint": state and state["step"]})
+    demand_agreement({**deciding(s), "files": inputs, "checkpoint": state and state["step"]})
     log = begin_directory(s, out, state, describe_run(s, init, teacher_directory, inputs))
     for line in [*notes, *wrapped_settings(s)]:
         log.say("  " + line)
@@ -961,8 +966,8 @@ def newest_checkpoint(s, inputs, directory, notes):
             notes.append(f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}) "
                          f"and is skipped")
             continue
-        for name, value in asdict(s).items():
-            if name not in NOT_PART_OF_THE_RUN and saved.get(name) != value:
+        for name, value in deciding(s).items():
+            if saved.get(name) != value:
                 raise InputError(f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, and now it is "
                                  f"{value}; resume with the same settings, or remove {directory} to start again")
         for name, value in inputs.items():
