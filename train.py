@@ -834,8 +834,7 @@ def train(s, model, teacher, data, inputs, log, out, state):
     autocast = torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
     model.train()
     started = saved = window = time.monotonic()
-    tokens, share = 0, s.batch_size // processes()
-    sparsity = prune.measured_sparsity(model)
+    tokens, share, sparsity = 0, s.batch_size // processes(), prune.measured_sparsity(model)
     with interrupts() as interrupted, progress_bar(s, first) as bar:
         for step in range(first, s.steps):
             torch.manual_seed((s.seed * 1_000_003 + step) * 64 + rank())
@@ -881,6 +880,7 @@ def train(s, model, teacher, data, inputs, log, out, state):
                 save_checkpoint(s, inputs, out, model, optimizer, done, earlier + time.monotonic() - started)
                 saved = time.monotonic()
             if stop:
+                bar.close()
                 log.say(f"stopped after step {done} of {s.steps}; go on with the same command and --resume")
                 sys.exit(130)
     return earlier + time.monotonic() - started

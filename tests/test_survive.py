@@ -36,7 +36,10 @@ def stop_after(steps, arguments, out):
 
 
 def weights(directory):
-    return network.read_safetensors(directory / "model.safetensors")[0]
+    """All but the biases of keys: softmax does not see those, so that their gradient is nothing but rounding, which
+    AdamW makes as large as any."""
+    tensors, _ = network.read_safetensors(directory / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("key.bias")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,7 +231,8 @@ def test_accumulation_trains_the_same_model(world, chain, tmp_path):
                     "--update-every", "0.25"])
         ends.append(network.read_safetensors(out / "prune-1x4-0.85" / "model.safetensors")[0])
     for name in ends[0]:
-        assert torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
+        if not name.endswith("key.bias"):           # softmax does not see it: its gradient is nothing but rounding
+            assert torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
 
 
 def test_activation_checkpointing_trains_the_same_bits(world, chain, tmp_path):
@@ -284,7 +286,7 @@ def test_memory_kept_by_a_layer():
     assert kept == pytest.approx(4 * (tokens * (8 * H + 2 * F + A + 4) + weights), rel=0.002)
     model.encoder.recompute = True
     parts = [train.estimate_memory(train.Settings(precision="fp32", activation_checkpointing=flag, batch_size=4096,
-                                                  micro_batch=512), model, None) for flag in (False, True)]
+                                                  micro_batch=512, max_len=128), model, None) for flag in (False, True)]
     hidden = 4 * 512 * 128 * H
     whole = train.kept_by_layer(train.Settings(precision="fp32"), model, (512, 128, H))
     assert parts[0] - parts[1] == pytest.approx(2 * whole - 3 * hidden, rel=0.2)         # two of three layers less
