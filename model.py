@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -133,11 +134,17 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings, layers and, where the model has one, the pooler."""
+    """Embeddings, layers and, where the model has one, the pooler.
+
+    recompute   True: in training, keep only what goes into each layer, and compute its inside again in the backward
+                pass (arXiv 1604.06174): the same bits, less memory, a third more time. Not with activation ranges,
+                which would follow the same input twice.
+    """
 
     def __init__(self, config, pooler=True):
         super().__init__()
         self.config = config
+        self.recompute = False
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
@@ -159,7 +166,7 @@ class Encoder(nn.Module):
         x = self.dropout(self.norm(x))
         mask = attention_mask.bool()[:, None, None, :]
         for layer in self.layers:
-            x = layer(x, mask)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.recompute and self.training else layer(x, mask)
         return x
 
     def pooled(self, hidden):
@@ -335,18 +342,33 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def write_file(path, content):
-    """Write bytes or text so that a reader finds the old file or the new one, never half of it."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to, which stands under `path` only once the block is through and the bytes are on the
+    disk: a reader finds the old file or the new one, never half of it. InputError where that cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # Of a full disk, torch.save tells by an error of its own, in whose context the system's stands.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise InputError(f"{path} cannot be written ({reason.strerror}); make room there, or write elsewhere") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_file(path, content):
+    """Write bytes or text, whole or not at all (see whole_file)."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def safetensors_header(tensors, metadata=None):
@@ -368,9 +390,10 @@ def safetensors_header(tensors, metadata=None):
 def write_safetensors(path, tensors, metadata=None):
     """tensors: dict name -> tensor of any dtype in DTYPES; metadata: dict of strings."""
     head, names = safetensors_header(tensors, metadata)
-    chunks = [tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-              for name in names if tensors[name].numel()]
-    write_file(path, b"".join([head, *chunks]))
+    with whole_file(path) as file:
+        file.write(head)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def read_safetensors(path):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from model import (ARCHITECTURES, InputError, build, linears, names_in_short, pack_bits, published_name, read_config,
@@ -123,6 +124,9 @@ def fake_quant(x, weight, layer, bits=8, scales="row"):
     x, weight = x.float(), weight.float()
     if layer.training:
         seen = torch.stack(torch.aminmax(x.detach()))
+        if dist.is_initialized():                       # the batch is that of all processes
+            dist.all_reduce(seen[0], dist.ReduceOp.MIN)
+            dist.all_reduce(seen[1], dist.ReduceOp.MAX)
         layer.act_range.copy_(torch.where((layer.act_range == 0).all(), seen,
                                           layer.act_range + AVERAGING * (seen - layer.act_range)))
     elif not layer.act_range.any():

@@ -8,36 +8,42 @@
                                                                  teacher
     python train.py --stage quantize --task sst2                 quantization-aware training, then real INT8
     python train.py --stage evaluate --task sst2 --init DIR      the task's metrics of a finished directory
+    torchrun --nproc_per_node=8 train.py --stage prune ...       one stage in eight processes, the same batches in all
 """
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
+import datetime
 import difflib
+import hashlib
 import inspect
 import json
 import math
 import os
 import platform
 import re
-import shutil
+import resource
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy
 import tokenizers
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import distill
 import model as network
 import prune
 import quant
-from data import DataError, shards, tasks, text, tiny
+from data import DataError, corpus, shards, tasks, text, tiny
 from model import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -64,7 +70,9 @@ class Settings:
     steps: int | None = None          # optimizer steps
     epochs: float | None = None       # passes over the training rows, in place of --steps
     batch_size: int = 32              # rows per optimizer step
-    micro_batch: int | None = None    # rows per forward pass; default: the whole batch
+    micro_batch: int | None = None    # rows per forward pass of a process; default: all of its share of the batch
+    activation_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
+    compile: bool = False             # let torch.compile fuse each layer; needs a C++ compiler on a CPU
     max_len: int | None = None        # tokens per row, at most; default of evaluate: as trained, else 384 or 128
     lr: float = 1e-4                  # peak learning rate
     beta2: float = 0.999              # AdamW's memory of squared gradients
@@ -82,14 +90,21 @@ class Settings:
     weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
     precision: str = "auto"           # fp32, bf16 (autocast), or auto: bf16 if the device multiplies it; QAT is fp32
     seed: int = 0                     # of weights, batches, dropout and masking
-    threads: int | None = None        # CPU threads; default: one for each core this process may use
+    threads: int | None = None        # CPU threads of a process; default: all cores it may use, shared with its like
     device: str = "cpu"               # cpu, cuda or mps
-    save_every: int | None = None     # steps between checkpoints; default: every 5 minutes
+    save_every: int | None = None     # steps between checkpoints, in place of --save-minutes
+    save_minutes: float = 5.0         # minutes between checkpoints
+    keep: int = 2                     # newest checkpoints to keep
     log_every: int = 10               # steps between two lines of log.csv
+    watch: str = ""                   # show how the run in this directory stands, from its log; nothing else is done
 
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
-NOT_PART_OF_THE_RUN = ("resume", "threads", "save_every", "log_every", "out")      # may differ when a run is resumed
+# May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums.
+NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "activation_checkpointing", "compile", "threads", "save_every",
+                       "save_minutes", "keep", "log_every", "watch")
+FINGERPRINT_BYTES = 32 << 20      # read of a file's beginning, and again of its end, to know it again
+SILENCE = datetime.timedelta(minutes=30)    # how long processes wait for one another before they give up
 
 # What differs from the field defaults, per recipe and kind of training. 'dense' is the fine-tuning of a task teacher;
 # 'dense squad' and the like are laid over it. Where the numbers come from:
@@ -257,7 +272,7 @@ def resolve(typed, stage=None):
     s.mask = s.mask or allowed_masks(s)[0]
     s.micro_batch = s.micro_batch or s.batch_size
     s.activation_bits = s.activation_bits or quant.default_activation_bits()
-    s.threads = s.threads or cores()
+    s.threads = s.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     check(s)
     if s.mask == "locked" and s.init not in ("", "random"):
         follow_zeros(s, {**recipe, **typed})
@@ -321,9 +336,9 @@ def check(s):
         if not good:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)} is out of range; give {expected}")
 
-    for name in ("steps", "epochs", "batch_size", "micro_batch", "threads", "save_every", "log_every"):
+    for name in ("steps", "epochs", "batch_size", "micro_batch", "threads", "save_every", "keep", "log_every"):
         demand(getattr(s, name) is None or getattr(s, name) > 0, name, "a number above 0")
-    for name in ("lr", "clip", "temperature"):
+    for name in ("lr", "clip", "temperature", "save_minutes"):
         demand(0 < getattr(s, name) < math.inf, name, "a number above 0")
     demand(0 < s.beta2 < 1, "beta2", "a number between 0 and 1")
     for name in ("kd_weight", "ramp_end", "update_end", "update_every", "warmup"):
@@ -341,6 +356,9 @@ def check(s):
         raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
                          f"--stage prune")
     upstream = s.stage in ("pretrain", "prune") or not s.task
+    if s.activation_checkpointing and s.stage == "quantize":
+        raise InputError("--activation-checkpointing does not go with --stage quantize, whose activation ranges follow "
+                         "every forward pass; give a smaller --micro-batch to save memory")
     if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
         raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
                          + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
@@ -423,44 +441,178 @@ def corpus_path(s):
     return tiny.ensure(HERE / "data" / "tiny") / "corpus.txt" if s.corpus == "tiny" else Path(s.corpus)
 
 
+def fingerprints(s, init, teacher):
+    """{setting: 16 digits that name the content of the files it leads to}, to notice that they changed between two
+    sessions of a run. Names, sizes and bytes count; of a file above 64 MB the first and the last 32 MB."""
+    files = {name: [path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin") or path.name in
+                    ("config.json", "tokenizer.json", "vocab.txt")]
+             for name, directory in (("init", init), ("teacher", teacher)) if directory}
+    if s.task:
+        files["data"] = [path for path in (data_folder(s) / tasks.TASKS[s.task].folder).iterdir() if path.is_file()]
+    else:
+        tokens = corpus_path(s) / "index.json"            # of a folder of tokens: it names the text they come from
+        files["corpus"] = [tokens] if tokens.is_file() else corpus.corpus_files(corpus_path(s))
+    found = {}
+    for name, paths in files.items():
+        digest = hashlib.sha256()
+        for path in sorted(paths):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(FINGERPRINT_BYTES))
+                file.seek(max(file.tell(), size - FINGERPRINT_BYTES))
+                digest.update(file.read(FINGERPRINT_BYTES))
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun. Each takes its share of every batch and comes to the same sums, so that their
+# models stay the same; the first, rank 0, alone writes and speaks.
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(s):
+    """Meet the other processes, if torchrun started several; nothing otherwise. InputError where that cannot train."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return
+    if s.batch_size % count:
+        raise InputError(f"--batch-size {s.batch_size} cannot be shared by {count} processes; give a multiple of them")
+    if s.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if s.device == "cuda" else "gloo", timeout=SILENCE)
+
+
+def demand_agreement(facts):
+    """InputError unless every process found the same: another file, CPU or checkpoint would train another model."""
+    if not dist.is_initialized():
+        return
+    found = [None] * processes()
+    dist.all_gather_object(found, facts)
+    for number, others in enumerate(found):
+        for name, value in others.items():
+            if value != found[0][name]:
+                raise InputError(f"process {number} has {name} {value}, and process 0 has {found[0][name]}; every "
+                                 f"machine needs the same command, files and --out folder")
+
+
+def summed(numbers, device):
+    """A dict of numbers, each added up over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    total = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(numbers, total.tolist()))
+
+
+def add_gradients(model):
+    """Replace every gradient by its sum over all processes. Each loss was divided by the counts of all of them."""
+    if dist.is_initialized():
+        under_way = [dist.all_reduce(parameter.grad, async_op=True) for parameter in model.parameters()
+                     if parameter.grad is not None]
+        for exchange in under_way:
+            exchange.wait()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run says goes to the screen and to a file
 
 class Log:
-    """`say` prints a line and appends it to log.txt; `row` appends a line to log.csv."""
+    """`say` prints a line and appends it to log.txt; `row` appends a line to log.csv. Without a directory, silent."""
 
     def __init__(self, directory, begin_step):
-        self.directory = Path(directory)
-        self.table = self.directory / "log.csv"
-        kept = []
+        self.directory, self.header = directory, False
+        if not directory:
+            return
+        self.table = directory / "log.csv"
         if begin_step and self.table.is_file():           # rows after the checkpoint belong to steps that run again
-            with open(self.table, newline="") as file:
-                kept = [row for row in csv.reader(file) if row[0] == "step" or int(row[0]) <= begin_step]
-        with open(self.table, "w", newline="") as file:
-            csv.writer(file).writerows(kept)
-        self.header = bool(kept)
-        if not begin_step:
-            (self.directory / "log.txt").write_text("")
+            first, *rows = self.table.read_text(errors="replace").splitlines() or [""]
+            kept = [row for row in rows if row.count(",") == first.count(",") and row.split(",")[0].isdigit()
+                    and int(row.split(",")[0]) <= begin_step]
+            network.write_file(self.table, "".join(line + "\n" for line in (first, *kept) if line))
+            self.header = bool(first)
+        else:
+            network.write_file(self.table, "")
+            network.write_file(directory / "log.txt", "")
 
     def say(self, line=""):
-        tqdm.write(line)
-        with open(self.directory / "log.txt", "a") as file:
-            file.write(line + "\n")
+        if self.directory:
+            tqdm.write(line)
+            with open(self.directory / "log.txt", "a") as file:
+                file.write(line + "\n")
 
     def row(self, values):
+        if not self.directory:
+            return
         with open(self.table, "a", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if not self.header:
                 writer.writerow(values)
                 self.header = True
             writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in values.values())
 
 
-def describe_run(s, init, teacher):
-    """What run.json holds beside the settings."""
+def bars(numbers, width=60):
+    """Numbers as a line of at most `width` bars, from the least to the largest; each the mean of its share of them."""
+    shares = [numbers[len(numbers) * i // width:len(numbers) * (i + 1) // width] for i in range(width)]
+    means = [sum(share) / len(share) for share in shares if share]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low)) if high > low else 0] for mean in means)
+
+
+def run_state(directory):
+    """(text that tells how the run in a directory stands, whether it is finished), from run.json and log.csv, which may
+    be growing meanwhile: a line that is no row of numbers is passed over. InputError if there is no such run."""
+    settings = network.read_json(directory / "run.json").get("settings")
+    if not isinstance(settings, dict) or type(settings.get("steps")) is not int or settings["steps"] < 1:
+        raise InputError(f"{directory / 'run.json'} does not say how many steps the run has")
+    table = directory / "log.csv"
+    names, *lines = (table.read_text(errors="replace").splitlines() if table.is_file() else []) or [""]
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(dict(zip(names.split(","), map(float, line.split(",")), strict=True)))
+    rows = [row for row in rows if {"step", "seconds"} <= row.keys()
+            and all(abs(value) < 1e30 for value in row.values())]
+    finished = (directory / "metrics.json").is_file()
+    if not rows:
+        return f"{directory}: {settings.get('stage')}, no step logged yet", finished
+    steps, last = settings["steps"], rows[-1]
+    left = last["seconds"] / max(1, last["step"]) * (steps - last["step"])
+    state = [f"{directory}: {settings.get('stage')}, step {last['step']:,.0f} of {steps:,} "
+            f"({last['step'] / steps:.0%}) after {last['seconds'] / 60:,.1f} minutes, "
+            + ("finished" if finished else f"about {left / 60:,.1f} to go")
+            + f"; last logged {time.time() - table.stat().st_mtime:,.0f} s ago"]
+    for name in last:
+        numbers = [row[name] for row in rows if name in row]
+        if name not in ("step", "seconds"):
+            state.append(f"{name:<18}{bars(numbers):<60}  {numbers[0]:>10.4g} to {numbers[-1]:<10.4g}")
+    return "\n".join(state), finished
+
+
+def watch(directory):
+    """Print the state of a run: once into a file, on a terminal every two seconds until the run is finished."""
+    finished = False
+    while not finished:
+        state, finished = run_state(directory)
+        print("\033[H\033[2J" * sys.stdout.isatty() + state, flush=True)
+        if not sys.stdout.isatty():
+            return
+        time.sleep(0 if finished else 2)
+
+
+def describe_run(s, init, teacher, inputs):
+    """What run.json holds beside the settings. inputs: what `fingerprints` found."""
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
     return {"settings": asdict(s), "parent": str(init) if init else None,
-            "teacher": str(teacher) if teacher else None,
+            "teacher": str(teacher) if teacher else None, "fingerprints": inputs, "processes": processes(),
             "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
             "machine": platform.machine(), "processor": network.processor_name(), "cores": cores(),
@@ -474,12 +626,15 @@ def run_stage(s):
     """Everything that differs between stages is chosen here; then comes the one loop. Returns the directory written."""
     init, teacher_directory = parents_of(s)
     out = directory_of(s)
-    checkpoint = out / "train.pt"
     if (out / "metrics.json").is_file():
         if s.resume:
             print(f"{out}: already finished, kept as it is")
             return out
         raise InputError(f"{out} holds a finished run; keep it with --resume, write elsewhere with --out, or remove it")
+    if checkpoints(out) and not s.resume:
+        raise InputError(f"{out} holds a run that has got as far as {checkpoints(out)[0].name}; go on with --resume, "
+                         f"write elsewhere with --out, or remove it")
+    join_processes(s)
     torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
     model, tokenizer, data, notes = build_model_and_data(s, init)
@@ -493,20 +648,38 @@ def run_stage(s):
         notes += prune.format_kinds(model)
     s.steps = s.steps or max(1, round(s.epochs * len(data) / s.batch_size))
     s.epochs = None
-    state = read_checkpoint(s, checkpoint) if s.resume and checkpoint.is_file() else None
-    out.mkdir(parents=True, exist_ok=True)
-    network.write_file(out / "run.json", json.dumps(describe_run(s, init, teacher_directory), indent=1))
-    log = Log(out, state["step"] if state else 0)
-    log.say(f"{s.stage}: {out}")
+    inputs = fingerprints(s, init, teacher_directory)
+    state = newest_checkpoint(s, inputs, out, notes)
+    demand_agreement({**asdict(s), "files": inputs, "checkpoint": state and state["step"]})
+    log = begin_directory(s, out, state, describe_run(s, init, teacher_directory, inputs))
     for line in [*notes, *wrapped_settings(s)]:
         log.say("  " + line)
     log.say(f"  {network.count_parameters(model):,} parameters, {s.steps:,} steps of {s.batch_size} rows, "
             f"{len(data):,} rows an epoch; starts from {init or 'random weights'}, "
-            f"teacher: {teacher_directory or 'none'}")
-    seconds = train(s, model.to(s.device), teacher, data, log, checkpoint, state)
-    finish_stage(s, model, tokenizer, data, log, seconds)
-    checkpoint.unlink(missing_ok=True)
+            f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
+    memory = estimate_memory(s, model.to(s.device), teacher)
+    log.say(f"  will take about {memory / 1e9:.2f} GB of memory at its peak" + " in each process" * (processes() > 1))
+    seconds = train(s, model, teacher, data, inputs, log, out, state)
+    if dist.is_initialized():
+        dist.destroy_process_group()                      # the rest is for one
+    if log.directory:
+        finish_stage(s, model, tokenizer, data, log, seconds)
+        for path in checkpoints(out):
+            path.unlink()
     return out
+
+
+def begin_directory(s, out, state, description):
+    """Make the stage's directory, clear away what a killed process left half-written, and return its Log."""
+    if rank() > 0:
+        return Log(None, 0)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink()
+    network.write_file(out / "run.json", json.dumps(description, indent=1))
+    log = Log(out, state["step"] if state else 0)
+    log.say(f"{s.stage}: {out}")
+    return log
 
 
 def wrapped_settings(s):
@@ -570,58 +743,117 @@ def prepare_layers(s, model):
     if s.stage == "quantize":
         quant.prepare(model, s.activation_bits, s.weight_scales)
         quant.round_embeddings(model)
+    model.encoder.recompute = s.activation_checkpointing
+    if s.compile:
+        for layer in model.encoder.layers:
+            layer.compile()
 
 
 def ramp_of(s):
-    """The settings' shares of the run as optimizer steps, or None where the stage does not prune."""
+    """The settings' shares of the run as optimizer steps, or None where the stage does not prune. InputError if the run
+    ends before the ramp does."""
     if s.mask != "gradual":
         return None
     every = max(1, round(s.update_every * s.steps))
     # The last update falls on a multiple of `every` at or after the ramp's end, so that the target is always reached.
     end = math.ceil(s.ramp_end * s.steps / every) * every
+    if end >= s.steps:
+        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {end}; give more --steps")
     return prune.Ramp(s.sparsity, 0, end, max(end, math.floor(s.update_end * s.steps)), every)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, before it is needed
+
+# Measured: arrays of a chunk's logits in float32 that are there at once while its loss and their gradient are computed,
+# without a teacher and with one; and what of earlier chunks the C library has not given back.
+LOGITS_KEPT, LOGITS_LEFT = {False: 3, True: 10}, 4
+
+
+def memory_now():
+    """Bytes that this process holds; 0 where the system does not tell (only Linux does)."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
+
+
+def kept_by_layer(s, model, shape):
+    """Bytes that autograd keeps of one layer's forward pass, weights and masks aside: a copy of the layer is run on an
+    input of that shape (rows, tokens, hidden size)."""
+    layer, kept = copy.deepcopy(model.encoder.layers[0]).train(), {}
+    own = {tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.zeros(shape, device=s.device, requires_grad=True)
+    mask = torch.ones(shape[0], 1, 1, shape[1], dtype=torch.bool, device=s.device)
+    with (torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16"),
+          torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)):
+        output = layer.forward(x, mask)
+    del output
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def estimate_memory(s, model, teacher):
+    """The peak of the training to come, in bytes of a process (on a GPU: of its memory), from what is there now: the
+    models, data and libraries. To that come AdamW's two numbers for each weight, and then either the gradients, or what
+    a forward pass keeps and the logits in flight; both where micro-batches add up gradients."""
+    rows = min(s.micro_batch, s.batch_size // processes())
+    shape = (rows, s.max_len, model.config.hidden_size)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layer, layers, hidden = kept_by_layer(s, model, shape), len(model.encoder.layers), 4 * math.prod(shape)
+    forward = 3 * hidden + (layers * hidden + layer if s.activation_checkpointing else layers * layer)
+    if model.kind == "pretraining":
+        words = model.encoder.word.weight
+        positions = rows * s.max_len * (1 if teacher and s.kd_positions == "all" else 0.15)
+        forward += 2 * 4 * words.numel()                    # their gradient, and a chunk's share of it
+        logits = positions * len(words)
+        copies = LOGITS_KEPT[bool(teacher)] + LOGITS_LEFT * (logits > distill.CHUNK_ELEMENTS)
+        forward += int(4 * copies * min(distill.CHUNK_ELEMENTS, logits))
+    now = torch.cuda.memory_allocated() if s.device == "cuda" else memory_now()
+    return now + 2 * weights + (weights + forward if rows * processes() < s.batch_size else max(weights, forward))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(s, model, teacher, data, log, checkpoint, state):
+def train(s, model, teacher, data, inputs, log, out, state):
     """Optimizer steps from the checkpoint's to s.steps. Batches, dropout, learning rate and sparsity are pure functions
     of (seed, step), so a resumed run ends with the same bits. Returns seconds spent training, earlier sessions
     included."""
     ramp, pattern, warmup = ramp_of(s), prune.parse_pattern(s.pattern), round(s.warmup * s.steps)
-    if ramp and ramp.end >= s.steps:
-        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {ramp.end}; give more "
-                         f"--steps")
     optimizer = make_optimizer(s, model)
     first, earlier = restore(model, optimizer, state) if state else (0, 0.0)
-    if state:
-        log.say(f"  resuming after step {first} of {s.steps}")
     autocast = torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
     model.train()
-    started = saved = time.monotonic()
-    tokens, window = 0, started
+    started = saved = window = time.monotonic()
+    tokens, share = 0, s.batch_size // processes()
     sparsity = prune.measured_sparsity(model)
     with interrupts() as interrupted, progress_bar(s, first) as bar:
         for step in range(first, s.steps):
-            torch.manual_seed((s.seed * 1_000_003 + step) * 64)
+            torch.manual_seed((s.seed * 1_000_003 + step) * 64 + rank())
             rate = s.lr * prune.learning_rate_factor(step, s.steps, warmup, ramp)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = data.rows(step, s.batch_size)
+            rows = data.rows(step, s.batch_size, rank() * share, (rank() + 1) * share)
             batches = [to_device(data.collate(rows[i:i + s.micro_batch]), s.device)
                        for i in range(0, len(rows), s.micro_batch)]
-            count, total, parts = distill.counts(batches), 0.0, {}
+            count, total, parts = summed(distill.counts(batches), s.device), 0.0, {}
             for batch in batches:
                 with autocast:
                     loss, terms = distill.loss(model, teacher, batch, count, s.temperature, s.kd_weight, s.kd_positions)
                 loss.backward()
                 total += float(loss.detach())
                 parts = {name: parts.get(name, 0.0) + value for name, value in terms.items()}
+            add_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+            parts = summed({"loss": total, **parts, "interrupts": len(interrupted)}, s.device)
+            total, stop = parts.pop("loss"), parts.pop("interrupts")
             if not math.isfinite(total) or not math.isfinite(float(norm)):
-                raise InputError(f"the loss or its gradient became {total} at step {step}; the last checkpoint is kept "
-                                 f"in {checkpoint.parent}; try a lower --lr than {s.lr:g}")
+                raise InputError(f"the loss became {total} and its gradient {float(norm)} at step {step}; the last "
+                                 f"checkpoint is kept in {out}; try a lower --lr than {s.lr:g}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ramp and prune.updates_at(step, ramp):
@@ -639,12 +871,11 @@ def train(s, model, teacher, data, log, checkpoint, state):
                 bar.set_postfix_str(f"loss {total:.3f}, lr {rate:.1e}, sparsity {sparsity:.1%}, {speed:,.0f} tokens/s",
                                     refresh=False)
             bar.update()
-            due = done % s.save_every == 0 if s.save_every else time.monotonic() - saved > 300
-            if (due or interrupted) and done < s.steps:
-                save_checkpoint(s, checkpoint, model, optimizer, done, earlier + time.monotonic() - started)
+            due = done % s.save_every == 0 if s.save_every else time.monotonic() - saved > 60 * s.save_minutes
+            if (due or stop) and log.directory:
+                save_checkpoint(s, inputs, out, model, optimizer, done, earlier + time.monotonic() - started)
                 saved = time.monotonic()
-            if interrupted and done < s.steps:
-                bar.close()
+            if stop:
                 log.say(f"stopped after step {done} of {s.steps}; go on with the same command and --resume")
                 sys.exit(130)
     return earlier + time.monotonic() - started
@@ -652,7 +883,7 @@ def train(s, model, teacher, data, log, checkpoint, state):
 
 def progress_bar(s, first):
     """On a terminal it moves all the time, in a file a line now and then is enough."""
-    return tqdm(total=s.steps, initial=first, desc=s.stage, unit="step", smoothing=0.05,
+    return tqdm(total=s.steps, initial=first, desc=s.stage, unit="step", smoothing=0.05, disable=rank() > 0,
                 mininterval=0.2 if sys.stderr.isatty() else 20)
 
 
@@ -672,11 +903,11 @@ def make_optimizer(s, model):
 @contextlib.contextmanager
 def interrupts():
     """Collects SIGINT and SIGTERM in a list, so that the step under way can end and be saved; a second one stops at
-    once."""
+    once, but under torchrun, which passes on what the terminal has already sent."""
     seen = []
 
     def note(number, frame):
-        if seen:
+        if seen and processes() == 1:
             raise KeyboardInterrupt
         seen.append(number)
 
@@ -688,30 +919,61 @@ def interrupts():
             signal.signal(number, handler)
 
 
-def save_checkpoint(s, path, model, optimizer, step, seconds):
-    """train.pt: latent weights, masks, activation ranges, optimizer, step. Old or new, never half."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: train-STEP.pt, in the stage's directory until it is finished
+
+def checkpoints(directory):
+    """Their paths, newest first."""
+    return sorted(directory.glob("train-[0-9]*.pt"), reverse=True)
+
+
+def save_checkpoint(s, inputs, directory, model, optimizer, step, seconds):
+    """Latent weights, masks, activation ranges, optimizer, step; then remove all but the newest s.keep checkpoints, and
+    those of later steps, which only a run that could not use them leaves behind."""
     layers = network.linears(model)
-    state = {"settings": asdict(s), "step": step, "seconds": seconds, "model": model.state_dict(),
+    state = {"settings": asdict(s), "inputs": inputs, "step": step, "seconds": seconds, "model": model.state_dict(),
              "mask": {name: layer.mask for name, layer in layers},
              "act_range": {name: layer.act_range for name, layer in layers}, "optimizer": optimizer.state_dict()}
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    path = directory / f"train-{step:09}.pt"
+    with network.whole_file(path) as file:
+        torch.save(state, file)
+    present = checkpoints(directory)
+    place = present.index(path)
+    for old in present[:place] + present[place + s.keep:]:
+        old.unlink()
 
 
-def read_checkpoint(s, path):
-    """The content of train.pt; InputError if it is damaged or belongs to a run with other settings."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
-    except Exception as error:          # torch raises many kinds for a damaged file
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it to start the stage "
-                         f"again") from None
-    for name, value in asdict(s).items():
-        if name not in NOT_PART_OF_THE_RUN and saved.get(name) != value:
-            raise InputError(f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, and now it is "
-                             f"{value}; resume with the same settings, or remove the file to start the stage again")
-    return state
+def newest_checkpoint(s, inputs, directory, notes):
+    """The content of the newest whole checkpoint, or None where there is none. What is damaged is skipped, with a line
+    in `notes`. InputError if all are damaged, or if the run had other settings or other files than s and inputs."""
+    paths = checkpoints(directory)
+    for path in paths:
+        try:
+            with zipfile.ZipFile(path) as file:           # torch.save writes a checksum (CRC-32) with every tensor,
+                damaged = file.testzip()                  # and torch.load does not compare it
+            if damaged:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved, files = state["settings"], state["inputs"]
+        except Exception as error:                        # zipfile and torch raise many kinds for a damaged file
+            if out_of_memory(error):
+                raise
+            notes.append(f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}) "
+                         f"and is skipped")
+            continue
+        for name, value in asdict(s).items():
+            if name not in NOT_PART_OF_THE_RUN and saved.get(name) != value:
+                raise InputError(f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, and now it is "
+                                 f"{value}; resume with the same settings, or remove {directory} to start again")
+        for name, value in inputs.items():
+            if files.get(name) != value:
+                raise InputError(f"{path} was made with other files than --{name} {getattr(s, name)} leads to now; put "
+                                 f"the old ones back, or remove {directory} to start again")
+        notes.append(f"resuming after step {state['step']} of {s.steps}, from {path}")
+        return state
+    if paths:
+        raise InputError(f"none of the {len(paths)} checkpoints in {directory} is whole ({notes[-1]}); remove it to "
+                         f"start the stage again")
 
 
 def restore(model, optimizer, state):
@@ -928,6 +1190,25 @@ def keep_freed_memory():
         set_option(-1, (1 << 31) - 1)     # M_TRIM_THRESHOLD
 
 
+def out_of_memory(error):
+    """Does this exception say so? Python, PyTorch on the CPU and on CUDA, and C++ below them, each in its own words."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|allocate memory|bad_alloc", str(error))))
+
+
+def plain_reason(error):
+    """One sentence for what went wrong around the program; None for a fault of its own."""
+    if isinstance(error, (InputError, DataError)):
+        return str(error)
+    if out_of_memory(error):
+        return ("there is not enough memory; give a smaller --micro-batch or --max-len, and --resume to go on from the "
+                "last checkpoint")
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}; --resume goes on from the last checkpoint"
+    if dist.is_initialized() and isinstance(error, RuntimeError) and re.search("gloo|NCCL|[Dd]istributed", str(error)):
+        return "another process of this run has stopped or is silent; --resume goes on from the last checkpoint"
+
+
 def main(arguments=None):
     typed = parse_settings(arguments)
     keep_freed_memory()
@@ -935,15 +1216,25 @@ def main(arguments=None):
         stage = typed.get("stage", "all")
         if typed.get("recipe") == "help":
             print(recipe_table())
+        elif "watch" in typed:
+            watch(Path(typed["watch"]))
+        elif stage in ("all", "evaluate") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError(f"--stage {stage} runs in one process; under torchrun, give one training stage at a time")
         elif stage == "all":
             run_all(typed)
         elif stage == "evaluate":
             run_evaluate(resolve(typed))
         else:
             run_stage(resolve(typed))
-    except (InputError, DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except Exception as error:
+        reason = plain_reason(error)
+        if reason is None:
+            raise
+        print(f"train.py: {reason}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

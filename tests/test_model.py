@@ -717,7 +717,7 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path):
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="directory"):
         write_file(folder, "a folder cannot be replaced by a file")
     assert sorted(tmp_path.iterdir()) == [path, folder]
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,71 +15,7 @@ import model as network
 import prune
 import quant
 import train
-from data import tiny
-
-ROOT = Path(train.__file__).resolve().parent
-SHORT = ["--preset", "tiny", "--batch-size", "8", "--max-len", "48", "--threads", "1", "--log-every", "1"]
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A slice of the tiny world: 60 documents, 64 training and 32 dev rows of a task."""
-    folder = tmp_path_factory.mktemp("world")
-    whole = tiny.ensure(ROOT / "data" / "tiny")
-    documents = (whole / "corpus.txt").read_text().split("\n\n")[:60]
-    (folder / "corpus.txt").write_text("\n\n".join(documents))
-    for task, files in {"SST-2": {"train.tsv": 64, "dev.tsv": 32}, "QNLI": {"train.tsv": 64, "dev.tsv": 32}}.items():
-        (folder / task).mkdir()
-        for name, rows in files.items():
-            lines = (whole / task / name).read_text().splitlines()[:rows + 1]
-            (folder / task / name).write_text("\n".join(lines) + "\n")
-    (folder / "SQuAD").mkdir()
-    for name in ("train-v1.1.json", "dev-v1.1.json"):
-        content = json.loads((whole / "SQuAD" / name).read_text())
-        content["data"] = content["data"][:1]
-        content["data"][0]["paragraphs"] = content["data"][0]["paragraphs"][:12]
-        (folder / "SQuAD" / name).write_text(json.dumps(content))
-    return folder
-
-
-def commands(world, out, steps=12):
-    """The arguments of each stage of one chain, in order; each needs the ones before it."""
-    common = [*SHORT, "--out", str(out), "--steps", str(steps)]
-    corpus, task = ["--corpus", str(world / "corpus.txt")], ["--data", str(world), "--task", "sst2"]
-    return {
-        "pretrain": ["--stage", "pretrain", *common, *corpus],
-        "prune": ["--stage", "prune", *common, *corpus, "--pattern", "1x4"],
-        "teacher": ["--stage", "finetune", *common, *task, "--sparsity", "0"],
-        "finetune": ["--stage", "finetune", *common, *task, "--pattern", "1x4"],
-        "gradual": ["--stage", "finetune", *common, *task, "--mask", "gradual"],
-        "quantize": ["--stage", "quantize", *common, *task, "--pattern", "1x4"],
-    }
-
-
-DIRECTORIES = {"pretrain": "pretrain", "prune": "prune-1x4-0.85", "teacher": "sst2/teacher",
-               "finetune": "sst2/sparse-1x4-0.85", "gradual": "sst2/gradual-unstructured-0.85",
-               "quantize": "sst2/int8-1x4-0.85"}
-
-
-@pytest.fixture(scope="session")
-def chain(world, tmp_path_factory):
-    """One finished chain."""
-    out = tmp_path_factory.mktemp("chain")
-    for arguments in commands(world, out).values():
-        train.main(arguments)
-    return out
-
-
-def fails(capsys, *arguments):
-    """Run main, demand exit code 2 and one line on stderr without a traceback; return the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if line.strip() and "step/s]" not in line]     # without the bar
-    assert stopped.value.code == 2 and "Traceback" not in printed.err and len(lines) == 1, printed.err
-    return lines[0]
-
+from conftest import DIRECTORIES, ROOT, SHORT, commands, fails
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a stage leaves
@@ -239,7 +174,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, world, chain, tmp_p
         train.main(arguments)
     monkeypatch.undo()
     directory = tmp_path / DIRECTORIES[stage]
-    assert (directory / "train.pt").is_file() and not (directory / "model.safetensors").exists()
+    assert [path.name for path in train.checkpoints(directory)] == ["train-000000005.pt"]
+    assert not (directory / "model.safetensors").exists()
     train.main([*arguments, "--resume"])
     names = ["model.safetensors", "compression.safetensors"] + (["int8.safetensors"] if stage == "quantize" else [])
     for name in names:
@@ -260,7 +196,7 @@ def test_interrupt_finishes_the_step_and_says_how_to_go_on(world, chain, tmp_pat
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in printed.strip().splitlines()[-1]
-    assert (tmp_path / "pretrain" / "train.pt").is_file()
+    assert train.checkpoints(tmp_path / "pretrain")
 
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(world, chain, tmp_path, monkeypatch, capsys):
@@ -271,9 +207,6 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(world, chain, tmp
     monkeypatch.undo()
     message = fails(capsys, *arguments, "--resume", "--lr", "0.5")
     assert "--lr" in message and "0.5" in message
-    checkpoint = tmp_path / "pretrain" / "train.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "train.pt" in fails(capsys, *arguments, "--resume")
 
 
 def test_finished_runs_are_not_overwritten(world, chain, capsys):
@@ -299,6 +232,60 @@ def test_accumulation_trains_the_same_model(world, chain, tmp_path):
         ends.append(network.read_safetensors(out / "prune-1x4-0.85" / "model.safetensors")[0])
     for name in ends[0]:
         assert name.endswith("key.bias") or torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
+
+
+def test_activation_checkpointing_trains_the_same_bits(world, chain, tmp_path):
+    """With dropout, which must fall alike when a layer is computed again."""
+    calls, forward = [], network.Layer.forward
+    ends = []
+    for flags in ([], ["--activation-checkpointing"]):
+        out = tmp_path / str(len(flags))
+        calls.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(network.Layer, "forward", lambda *inputs: (calls.append(1), forward(*inputs))[1])
+            train.main([*commands(world, out, steps=4)["prune"], "--init", str(chain / "pretrain"), "--teacher",
+                        str(chain / "pretrain"), "--dropout", "0.1", "--update-every", "0.25", *flags])
+        ends.append(((out / DIRECTORIES["prune"] / "model.safetensors").read_bytes(), len(calls)))
+    assert ends[0][0] == ends[1][0]
+    assert ends[1][1] - ends[0][1] == 4 * network.PRESETS["tiny"].num_hidden_layers       # each once more in each step
+
+
+def test_activation_checkpointing_does_not_go_with_activation_ranges(capsys, tmp_path):
+    message = fails(capsys, "--stage", "quantize", "--task", "sst2", "--activation-checkpointing", "--out", tmp_path)
+    assert "--activation-checkpointing" in message and "--micro-batch" in message
+
+
+def test_compile_trains_the_same_model(world, chain, tmp_path):
+    """To float rounding, and under the same names; a compiler is needed, as on every CPU."""
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    ends = []
+    for flags in ([], ["--compile"]):
+        out = tmp_path / str(len(flags))
+        train.main([*commands(world, out, steps=2)["pretrain"], "--init", str(chain / "pretrain"), "--dropout", "0",
+                    "--precision", "fp32", *flags])
+        ends.append(network.read_safetensors(out / "pretrain" / "model.safetensors")[0])
+    torch.compiler.reset()
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        assert torch.allclose(tensor, ends[1][name], atol=2e-5), name
+
+
+def test_memory_kept_by_a_layer():
+    """In float32 without dropout, per token: eight arrays of H numbers (inputs, query, key, value, context, two sums and
+    a norm), two of F, a number per head and four of the norms; and of each weight its product with the mask."""
+    model = network.build(network.PRESETS["tiny"], "pretraining")
+    network.set_dropout(model, 0.0)
+    H, F, A = model.config.hidden_size, model.config.intermediate_size, model.config.num_attention_heads
+    tokens, weights = 8 * 64, 4 * H * H + 2 * H * F
+    kept = train.kept_by_layer(train.Settings(precision="fp32"), model, (8, 64, H))
+    assert kept == pytest.approx(4 * (tokens * (8 * H + 2 * F + A + 4) + weights), rel=0.002)
+    model.encoder.recompute = True
+    parts = [train.estimate_memory(train.Settings(precision="fp32", activation_checkpointing=flag, batch_size=4096,
+                                                  micro_batch=512), model, None) for flag in (False, True)]
+    hidden = 4 * 512 * 128 * H
+    whole = train.kept_by_layer(train.Settings(precision="fp32"), model, (512, 128, H))
+    assert parts[0] - parts[1] == pytest.approx(2 * whole - 3 * hidden, rel=0.2)         # two of three layers less
 
 
 def test_dropout_setting_reaches_every_module():
