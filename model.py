@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -133,11 +134,17 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings, layers and, where the model has one, the pooler."""
+    """Embeddings, layers and, where the model has one, the pooler.
+
+    recompute   True: in training, keep only what goes into each layer, and compute its inside again in the backward
+                pass (arXiv 1604.06174): the same bits, less memory, a third more time. Not with activation ranges,
+                which would follow the same input twice.
+    """
 
     def __init__(self, config, pooler=True):
         super().__init__()
         self.config = config
+        self.recompute = False
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
@@ -159,7 +166,7 @@ class Encoder(nn.Module):
         x = self.dropout(self.norm(x))
         mask = attention_mask.bool()[:, None, None, :]
         for layer in self.layers:
-            x = layer(x, mask)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.recompute and self.training else layer(x, mask)
         return x
 
     def pooled(self, hidden):

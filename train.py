@@ -12,6 +12,7 @@
 """
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import datetime
@@ -23,7 +24,7 @@ import math
 import os
 import platform
 import re
-import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -70,6 +71,8 @@ class Settings:
     epochs: float | None = None       # passes over the training rows, in place of --steps
     batch_size: int = 32              # rows per optimizer step
     micro_batch: int | None = None    # rows per forward pass of a process; default: all of its share of the batch
+    activation_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
+    compile: bool = False             # let torch.compile fuse each layer; needs a C++ compiler on a CPU
     max_len: int = 128                # tokens per row, at most
     lr: float = 1e-4                  # peak learning rate
     beta2: float = 0.999              # AdamW's memory of squared gradients
@@ -93,11 +96,13 @@ class Settings:
     save_minutes: float = 5.0         # minutes between checkpoints
     keep: int = 2                     # newest checkpoints to keep
     log_every: int = 10               # steps between two lines of log.csv
+    watch: str = ""                   # show how the run in this directory stands, from its log; nothing else is done
 
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
 # May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums.
-NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "threads", "save_every", "save_minutes", "keep", "log_every")
+NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "activation_checkpointing", "compile", "threads", "save_every",
+                       "save_minutes", "keep", "log_every", "watch")
 FINGERPRINT_BYTES = 32 << 20      # read of a file's beginning, and again of its end, to know it again
 SILENCE = datetime.timedelta(minutes=30)    # how long processes wait for one another before they give up
 
@@ -351,6 +356,9 @@ def check(s):
         raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
                          f"--stage prune")
     upstream = s.stage in ("pretrain", "prune") or not s.task
+    if s.activation_checkpointing and s.stage == "quantize":
+        raise InputError("--activation-checkpointing does not go with --stage quantize, whose activation ranges follow "
+                         "every forward pass; give a smaller --micro-batch to save memory")
     if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
         raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
                          + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
@@ -459,8 +467,8 @@ def fingerprints(s, init, teacher):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun. Each takes its share of every batch and comes to the same sums, so their models
-# stay the same; the first, rank 0, alone writes and speaks.
+# Several processes, started by torchrun. Each takes its share of every batch and comes to the same sums, so that their
+# models stay the same; the first, rank 0, alone writes and speaks.
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -482,16 +490,17 @@ def join_processes(s):
     dist.init_process_group("nccl" if s.device == "cuda" else "gloo", timeout=SILENCE)
 
 
-def demand_agreement(**facts):
+def demand_agreement(facts):
     """InputError unless every process found the same: another file, CPU or checkpoint would train another model."""
     if not dist.is_initialized():
         return
-    others = [None] * processes()
-    dist.all_gather_object(others, facts)
-    for name, value in others[0].items():
-        if value != facts[name]:
-            raise InputError(f"process {rank()} has {name} {facts[name]}, and process 0 has {value}; every machine needs "
-                             f"the same command, files and --out folder")
+    found = [None] * processes()
+    dist.all_gather_object(found, facts)
+    for number, others in enumerate(found):
+        for name, value in others.items():
+            if value != found[0][name]:
+                raise InputError(f"process {number} has {name} {value}, and process 0 has {found[0][name]}; every "
+                                 f"machine needs the same command, files and --out folder")
 
 
 def summed(numbers, device):
@@ -550,6 +559,55 @@ class Log:
             writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in values.values())
 
 
+def bars(numbers, width=60):
+    """Numbers as a line of at most `width` bars, from the least to the largest; each the mean of its share of them."""
+    shares = [numbers[len(numbers) * i // width:len(numbers) * (i + 1) // width] for i in range(width)]
+    means = [sum(share) / len(share) for share in shares if share]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low)) if high > low else 0] for mean in means)
+
+
+def run_state(directory):
+    """(text that tells how the run in a directory stands, whether it is finished), from run.json and log.csv, which may
+    be growing meanwhile: a line that is no row of numbers is passed over. InputError if there is no such run."""
+    settings = network.read_json(directory / "run.json").get("settings")
+    if not isinstance(settings, dict) or type(settings.get("steps")) is not int or settings["steps"] < 1:
+        raise InputError(f"{directory / 'run.json'} does not say how many steps the run has")
+    table = directory / "log.csv"
+    names, *lines = (table.read_text(errors="replace").splitlines() if table.is_file() else []) or [""]
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(dict(zip(names.split(","), map(float, line.split(",")), strict=True)))
+    rows = [row for row in rows if {"step", "seconds"} <= row.keys()
+            and all(abs(value) < 1e30 for value in row.values())]
+    finished = (directory / "metrics.json").is_file()
+    if not rows:
+        return f"{directory}: {settings.get('stage')}, no step logged yet", finished
+    steps, last = settings["steps"], rows[-1]
+    left = last["seconds"] / max(1, last["step"]) * (steps - last["step"])
+    state = [f"{directory}: {settings.get('stage')}, step {last['step']:,.0f} of {steps:,} "
+            f"({last['step'] / steps:.0%}) after {last['seconds'] / 60:,.1f} minutes, "
+            + ("finished" if finished else f"about {left / 60:,.1f} to go")
+            + f"; last logged {time.time() - table.stat().st_mtime:,.0f} s ago"]
+    for name in last:
+        numbers = [row[name] for row in rows if name in row]
+        if name not in ("step", "seconds"):
+            state.append(f"{name:<18}{bars(numbers):<60}  {numbers[0]:>10.4g} to {numbers[-1]:<10.4g}")
+    return "\n".join(state), finished
+
+
+def watch(directory):
+    """Print the state of a run: once into a file, on a terminal every two seconds until the run is finished."""
+    finished = False
+    while not finished:
+        state, finished = run_state(directory)
+        print("\033[H\033[2J" * sys.stdout.isatty() + state, flush=True)
+        if not sys.stdout.isatty():
+            return
+        time.sleep(0 if finished else 2)
+
+
 def describe_run(s, init, teacher, inputs):
     """What run.json holds beside the settings. inputs: what `fingerprints` found."""
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -592,7 +650,7 @@ def run_stage(s):
     s.epochs = None
     inputs = fingerprints(s, init, teacher_directory)
     state = newest_checkpoint(s, inputs, out, notes)
-    demand_agreement(settings=asdict(s), files=inputs, step=state and state["step"])
+    demand_agreement({**asdict(s), "files": inputs, "checkpoint": state and state["step"]})
     log = begin_directory(s, out, state, describe_run(s, init, teacher_directory, inputs))
     for line in [*notes, *wrapped_settings(s)]:
         log.say("  " + line)
@@ -679,6 +737,10 @@ def prepare_layers(s, model):
     if s.stage == "quantize":
         quant.prepare(model, s.activation_bits, s.weight_scales)
         quant.round_embeddings(model)
+    model.encoder.recompute = s.activation_checkpointing
+    if s.compile:
+        for layer in model.encoder.layers:
+            layer.compile()
 
 
 def ramp_of(s):
@@ -692,6 +754,60 @@ def ramp_of(s):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory, before it is needed
+
+# Measured: arrays of a chunk's logits in float32 that are there at once while its loss and their gradient are computed,
+# without a teacher and with one; and what of earlier chunks the C library has not given back.
+LOGITS_KEPT, LOGITS_LEFT = {False: 3, True: 10}, 4
+
+
+def memory_now():
+    """Bytes that this process holds; 0 where the system does not tell (only Linux does)."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
+
+
+def kept_by_layer(s, model, shape):
+    """Bytes that autograd keeps of one layer's forward pass, weights and masks aside: a copy of the layer is run on an
+    input of that shape (rows, tokens, hidden size)."""
+    layer, kept = copy.deepcopy(model.encoder.layers[0]).train(), {}
+    own = {tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.zeros(shape, device=s.device, requires_grad=True)
+    mask = torch.ones(shape[0], 1, 1, shape[1], dtype=torch.bool, device=s.device)
+    with (torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16"),
+          torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)):
+        output = layer.forward(x, mask)
+    del output
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def estimate_memory(s, model, teacher):
+    """The peak of the training to come, in bytes of a process (on a GPU: of its memory), from what is there now: the
+    models, data and libraries. To that come AdamW's two numbers for each weight, and then either the gradients, or what
+    a forward pass keeps and the logits in flight; both where micro-batches add up gradients."""
+    rows = min(s.micro_batch, s.batch_size // processes())
+    shape = (rows, s.max_len, model.config.hidden_size)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layer, layers, hidden = kept_by_layer(s, model, shape), len(model.encoder.layers), 4 * math.prod(shape)
+    forward = 3 * hidden + (layers * hidden + layer if s.activation_checkpointing else layers * layer)
+    if model.kind == "pretraining":
+        words = model.encoder.word.weight
+        positions = rows * s.max_len * (1 if teacher and s.kd_positions == "all" else 0.15)
+        forward += 2 * 4 * words.numel()                    # their gradient, and a chunk's share of it
+        logits = positions * len(words)
+        copies = LOGITS_KEPT[bool(teacher)] + LOGITS_LEFT * (logits > distill.CHUNK_ELEMENTS)
+        forward += int(4 * copies * min(distill.CHUNK_ELEMENTS, logits))
+    now = torch.cuda.memory_allocated() if s.device == "cuda" else memory_now()
+    return now + 2 * weights + (weights + forward if rows * processes() < s.batch_size else max(weights, forward))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 def train(s, model, teacher, data, inputs, log, out, state):
@@ -702,6 +818,7 @@ def train(s, model, teacher, data, inputs, log, out, state):
     if ramp and ramp.end >= s.steps:
         raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {ramp.end}; give more "
                          f"--steps")
+    log.say(f"  training will take about {estimate_memory(s, model, teacher) / 1e9:.2f} GB of memory at its peak")
     optimizer = make_optimizer(s, model)
     first, earlier = restore(model, optimizer, state) if state else (0, 0.0)
     autocast = torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
@@ -1090,6 +1207,8 @@ def main(arguments=None):
         stage = typed.get("stage", "all")
         if typed.get("recipe") == "help":
             print(recipe_table())
+        elif "watch" in typed:
+            watch(Path(typed["watch"]))
         elif stage in ("all", "evaluate") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError(f"--stage {stage} runs in one process; under torchrun, give one training stage at a time")
         elif stage == "all":

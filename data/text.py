@@ -147,14 +147,18 @@ def _tokenizer_from_vocabulary(path: Path) -> Tokenizer:
             raise DataError(f"{path}:{number + 1}: the token {token!r} already stands in line "
                             f"{vocabulary[token] + 1}; expected one distinct token a line")
         vocabulary[token] = number
-    options, config = {}, path.with_name("tokenizer_config.json")
+    config = path.with_name("tokenizer_config.json")
     if config.is_file():
         try:
             options = json.loads(read_text(config))
+            return bert_tokenizer(vocabulary, options.get("do_lower_case", True), options.get("strip_accents"),
+                                  options.get("tokenize_chinese_chars", True))
         except json.JSONDecodeError as error:
             raise DataError(f"{config}:{error.lineno}: this is not JSON ({error.msg}); restore or delete it") from None
-    return bert_tokenizer(vocabulary, options.get("do_lower_case", True), options.get("strip_accents"),
-                          options.get("tokenize_chinese_chars", True))
+        except (AttributeError, TypeError, RecursionError):
+            raise DataError(f"{config}: expected a JSON object whose options do_lower_case, strip_accents and "
+                            f"tokenize_chinese_chars are true or false; restore or delete it") from None
+    return bert_tokenizer(vocabulary)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:

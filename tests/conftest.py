@@ -1,8 +1,10 @@
 """What every test needs: the repository on the path, one thread (the models are tiny), no look at the network, a small
 world, and one finished chain of all stages in it."""
+import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,9 @@ torch.set_num_threads(1)
 SHORT = ["--preset", "tiny", "--batch-size", "8", "--max-len", "48", "--threads", "1", "--log-every", "1"]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def make_world(folder):
     """A slice of the tiny world: 60 documents, 64 training and 32 dev rows of a task."""
-    folder = tmp_path_factory.mktemp("world")
+    folder.mkdir(exist_ok=True)
     whole = tiny.ensure(ROOT / "data" / "tiny")
     documents = (whole / "corpus.txt").read_text().split("\n\n")[:60]
     (folder / "corpus.txt").write_text("\n\n".join(documents))
@@ -39,6 +40,12 @@ def world(tmp_path_factory):
         content["data"] = content["data"][:1]
         content["data"][0]["paragraphs"] = content["data"][0]["paragraphs"][:12]
         (folder / "SQuAD" / name).write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
     return folder
 
 
@@ -79,3 +86,31 @@ def fails(capsys, *arguments):
     lines = [line for line in printed.err.splitlines() if line.strip() and "step/s]" not in line]     # without the bar
     assert stopped.value.code == 2 and "Traceback" not in printed.err and len(lines) == 1, printed.err
     return lines[0]
+
+
+def start(arguments, output=os.devnull, prepare=None, **environment):
+    """train.py in a child process, its output in a file; returns the child's id. A fork, because importing torch would
+    take most of the time. prepare: a function to call in the child first."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                os.environ.update(environment)
+                if prepare:
+                    prepare()
+                train.main([str(argument) for argument in arguments])
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                file.flush()
+                os._exit(code)
+    return child
+
+
+def exit_code(child):
+    """Wait for a child process; its exit code, or minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

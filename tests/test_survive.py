@@ -1,0 +1,344 @@
+"""Runs that are hit: killed, out of disk, memory, files; and runs in several processes."""
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import model as network
+import train
+from conftest import DIRECTORIES, ROOT, commands, exit_code, fails, start
+from kill_and_resume import torture
+
+
+def stop_after(steps, arguments, out):
+    """Train until the checkpoint of that step, in a child process that is then told to stop, as Ctrl-C does."""
+    def interrupt():
+        save = train.save_checkpoint
+
+        def save_and_stop(s, inputs, directory, model, optimizer, step, seconds):
+            save(s, inputs, directory, model, optimizer, step, seconds)
+            if step == steps:
+                os.kill(os.getpid(), signal.SIGINT)
+        train.save_checkpoint = save_and_stop
+
+    child = start(arguments, out, interrupt)
+    assert exit_code(child) == 130, out.read_text()
+
+
+def weights(directory):
+    return network.read_safetensors(directory / "model.safetensors")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def test_newest_whole_checkpoint_is_taken(world, chain, tmp_path, capsys):
+    """Of four checkpoints the newest two are damaged: the run goes on from the third, says so, and ends as ever."""
+    arguments = [*commands(world, tmp_path)["pretrain"], "--save-every", "1", "--keep", "4"]
+    stop_after(7, arguments, tmp_path / "out.txt")
+    directory = tmp_path / "pretrain"
+    paths = train.checkpoints(directory)
+    assert [path.name for path in paths] == [f"train-00000000{step}.pt" for step in (8, 7, 6, 5)]
+    content = bytearray(paths[0].read_bytes())
+    content[len(content) // 2] ^= 1                                   # one bit
+    paths[0].write_bytes(content)
+    paths[1].write_bytes(paths[1].read_bytes()[:-100])
+    (directory / ".train-000000009.pt.1.tmp").write_bytes(b"half")
+    train.main([*arguments, "--resume"])
+    printed = capsys.readouterr().out
+    assert f"{paths[0]} is damaged" in printed and f"{paths[1]} is damaged" in printed
+    assert f"resuming after step 6 of 12, from {paths[2]}" in printed
+    assert (directory / "model.safetensors").read_bytes() == (chain / "pretrain" / "model.safetensors").read_bytes()
+    assert not train.checkpoints(directory) and not list(directory.glob(".*"))
+    with open(directory / "log.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(1, 13)]
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    """A checkpoint with one bit changed is refused, or (where the bit means nothing) read as it was."""
+    settings, model = train.Settings(), torch.nn.Linear(40, 30)
+    optimizer = torch.optim.AdamW(model.parameters())
+    train.save_checkpoint(settings, {}, tmp_path, model, optimizer, 3, 1.5)
+    path = tmp_path / "train-000000003.pt"
+    whole, generator, refused = path.read_bytes(), random.Random(0), 0
+    expected = train.newest_checkpoint(settings, {}, tmp_path, [])
+    for _ in range(300):
+        content = bytearray(whole)
+        content[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        try:
+            found = train.newest_checkpoint(settings, {}, tmp_path, [])
+        except train.InputError:
+            refused += 1
+        else:
+            assert found["step"] == 3 and all(torch.equal(found["model"][name], tensor)
+                                              for name, tensor in expected["model"].items())
+    assert refused > 200
+
+
+def test_a_run_is_never_lost_to_a_second_one(world, tmp_path, capsys):
+    arguments = [*commands(world, tmp_path)["pretrain"], "--save-every", "2", "--keep", "1"]
+    stop_after(4, arguments, tmp_path / "out.txt")
+    directory = tmp_path / "pretrain"
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert "--resume" in (tmp_path / "out.txt").read_text().splitlines()[-1]
+    assert "train-000000005.pt" in fails(capsys, *arguments) and "--resume" in fails(capsys, *arguments)
+    message = fails(capsys, *arguments, "--resume", "--seed", "4")
+    assert "--seed 0" in message and "4" in message
+    (world / "corpus.txt").write_text((world / "corpus.txt").read_text().replace("the", "teh", 1))
+    try:
+        assert "--corpus" in fails(capsys, *arguments, "--resume")
+        (world / "corpus.txt").rename(world / "gone.txt")
+        assert "corpus.txt" in fails(capsys, *arguments, "--resume")
+        (world / "gone.txt").rename(world / "corpus.txt")
+    finally:
+        (world / "corpus.txt").write_text((world / "corpus.txt").read_text().replace("teh", "the", 1))
+    assert before == {path.name: path.read_bytes() for path in directory.iterdir()}
+    path, = train.checkpoints(directory)
+    path.write_bytes(b"")
+    assert "none of the 1 checkpoints" in fails(capsys, *arguments, "--resume")
+
+
+def test_another_model_to_start_from_is_noticed(world, chain, tmp_path, capsys):
+    shutil.copytree(chain / "pretrain", tmp_path / "pretrain")
+    arguments = [*commands(world, tmp_path)["prune"], "--save-every", "1"]
+    stop_after(2, arguments, tmp_path / "out.txt")
+    path = tmp_path / "pretrain" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert "--init" in fails(capsys, *arguments, "--resume")
+
+
+@pytest.mark.parametrize("stage", ["prune", "quantize"])
+def test_killed_runs_end_with_the_same_bits(stage, world, chain, tmp_path):
+    """A taste of tests/kill_and_resume.py."""
+    torture(stage, chain, world, kills=2, seed=0, steps=12, scratch=tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the machine does
+
+def last_line(path):
+    lines = [line for line in path.read_text().splitlines() if line.strip() and "step/s]" not in line]
+    assert "Traceback" not in path.read_text(), path.read_text()
+    return lines[-1]
+
+
+def test_full_disk(world, chain, tmp_path):
+    """No file may grow beyond 3 MB, so that the write of a checkpoint fails halfway, as on a full disk."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+
+    arguments, printed = [*commands(world, tmp_path)["pretrain"], "--save-every", "5"], tmp_path / "out.txt"
+    stop_after(5, arguments, printed)
+    kept = {path: path.read_bytes() for path in train.checkpoints(tmp_path / "pretrain")}
+    assert exit_code(start([*arguments, "--resume"], printed, limit)) == 2
+    assert "train-000000010.pt cannot be written (File too large)" in last_line(printed)
+    assert kept == {path: path.read_bytes() for path in train.checkpoints(tmp_path / "pretrain")}
+    assert not list((tmp_path / "pretrain").glob(".*"))
+    train.main([*arguments, "--resume"])
+    assert ((tmp_path / "pretrain" / "model.safetensors").read_bytes()
+            == (chain / "pretrain" / "model.safetensors").read_bytes())
+
+
+def test_read_only_folder(world, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o555)
+    mounted = os.geteuid() == 0         # root may write anywhere but on a file system without writing
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if mounted and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("root, and not allowed to mount")
+    try:
+        message = fails(capsys, *commands(world, folder)["pretrain"])
+    finally:
+        if mounted:
+            subprocess.run(["umount", folder], check=True)
+    assert str(folder) in message and ("ead-only" in message or "ermission denied" in message)
+
+
+def test_not_enough_memory(world, chain, tmp_path):
+    """The address space is limited before the loop of a resumed run, which asks for larger forward passes."""
+    def limit():
+        loop = train.train
+
+        def limited(*arguments):
+            room = 150_000_000 + int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (room, room))
+            return loop(*arguments)
+        train.train = limited
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("address space is measured on Linux")
+    arguments = [*commands(world, tmp_path, steps=3)["pretrain"], "--batch-size", "1024", "--save-every", "1",
+                 "--max-len", "16"]
+    stop_after(1, [*arguments, "--micro-batch", "128"], tmp_path / "out.txt")
+    kept = train.checkpoints(tmp_path / "pretrain")
+    assert exit_code(start([*arguments, "--resume"], tmp_path / "out.txt", limit)) == 2
+    assert "not enough memory" in last_line(tmp_path / "out.txt")
+    assert "--micro-batch" in last_line(tmp_path / "out.txt") and train.checkpoints(tmp_path / "pretrain") == kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+def start_together(arguments, folder, count=2, prepare=None):
+    """What torchrun does: `count` children that know of each other. Output in folder/RANK.txt."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [start(arguments, folder / f"{number}.txt", prepare, RANK=str(number), LOCAL_RANK=str(number),
+                  WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for number in range(count)]
+
+
+def together(arguments, folder, count=2, code=0, prepare=None):
+    for number, child in enumerate(start_together(arguments, folder, count, prepare)):
+        assert exit_code(child) == code, (folder / f"{number}.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def rows_of_one_length(tmp_path_factory):
+    """SST-2 in which every row has the same length: no padding, which activation ranges would see."""
+    folder = tmp_path_factory.mktemp("even")
+    (folder / "SST-2").mkdir()
+    for name, count in (("train.tsv", 64), ("dev.tsv", 32)):
+        words = random.Random(name).choices(["good", "bad"], k=count)
+        rows = [f"the {word} film\t{int(word == 'good')}" for word in words]
+        (folder / "SST-2" / name).write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("stage", DIRECTORIES)
+def test_two_processes_train_the_same_model(stage, world, chain, rows_of_one_length, tmp_path):
+    """Dropout off, float32, 4 steps: the weights agree to float rounding, the masks and zeros exactly, and so does what
+    is logged; process 1 writes and says nothing."""
+    ends = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        out.mkdir()
+        for parent in ("pretrain", "prune-1x4-0.85", "sst2"):
+            shutil.copytree(chain / parent, out / parent)
+        shutil.rmtree(out / DIRECTORIES[stage])
+        arguments = [*commands(world, out, steps=4)[stage], "--precision", "fp32", "--dropout", "0", "--update-every",
+                     "0.25", "--lr", "1e-3"]
+        if stage not in ("pretrain", "prune"):
+            arguments += ["--data", str(rows_of_one_length)]
+        together(arguments, out, count)
+        ends.append(out / DIRECTORIES[stage])
+    assert (tmp_path / "2" / "1.txt").read_text() == ""
+    one, two = map(weights, ends)
+    for name, tensor in one.items():
+        assert torch.equal(tensor == 0, two[name] == 0) or stage == "pretrain", name
+        assert torch.allclose(tensor, two[name], atol=2e-5), (name, float((tensor - two[name]).abs().max()))
+    one, two = (network.read_safetensors(end / "compression.safetensors")[0] for end in ends)
+    for name, tensor in one.items():
+        if name.endswith("act_range"):
+            assert torch.allclose(tensor, two[name], atol=1e-4), name
+    one, two = (list(csv.DictReader(open(end / "log.csv"))) for end in ends)
+    assert one[0].keys() == two[0].keys() and len(one) == len(two) == 4
+    for before, after in zip(one, two):
+        assert all(float(before[name]) == pytest.approx(float(after[name]), rel=1e-3, abs=1e-6)
+                   for name in before if name not in ("tokens_per_second", "seconds")), (before, after)
+    assert json.loads((ends[1] / "run.json").read_text())["processes"] == 2
+
+
+def test_resume_with_another_number_of_processes(world, chain, tmp_path):
+    """Two processes stop after step 3, three go on: as one process does it all, but for rounding."""
+    ends = []
+    for name in ("one", "many"):
+        out = tmp_path / name
+        out.mkdir()
+        arguments = [*commands(world, out, steps=6)["pretrain"], "--precision", "fp32", "--batch-size", "12",
+                     "--save-every", "3"]
+        if name == "one":
+            train.main(arguments)
+        else:
+            stop_all = lambda: setattr(train, "interrupts", three_steps_then_stop)          # noqa: E731
+            together(arguments, out, 2, 130, stop_all)
+            assert [path.name for path in train.checkpoints(out / "pretrain")] == ["train-000000003.pt"]
+            together([*arguments, "--resume"], out, 3)
+        ends.append(weights(out / "pretrain"))
+    for name, tensor in ends[0].items():
+        assert torch.allclose(tensor, ends[1][name], atol=2e-5), name
+
+
+class three_steps_then_stop(list):
+    """In place of train.interrupts: process 1, and only it, gets a signal in its third step."""
+
+    def __enter__(self):
+        self.asked = 0
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __len__(self):
+        self.asked += 1
+        return int(train.rank() == 1 and self.asked == 3)
+
+
+def test_a_dying_process_ends_the_run(world, tmp_path):
+    """SIGKILL to process 1: process 0 says one sentence and exits with 2, its checkpoint whole."""
+    arguments = [*commands(world, tmp_path, steps=4000)["pretrain"], "--save-every", "1"]
+    children = start_together(arguments, tmp_path)
+    deadline = time.monotonic() + 60
+    while len(train.checkpoints(tmp_path / "pretrain")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(children[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert exit_code(children[1]) == -signal.SIGKILL and exit_code(children[0]) == 2
+    assert time.monotonic() - killed < 10
+    assert "another process" in last_line(tmp_path / "0.txt") and "--resume" in last_line(tmp_path / "0.txt")
+    assert train.checkpoints(tmp_path / "pretrain")
+
+
+def test_a_silent_process_ends_the_run(world, tmp_path):
+    """SIGSTOP to process 1: process 0 waits as long as train.SILENCE says, here a second, and gives up."""
+    def be_impatient():
+        train.SILENCE = train.datetime.timedelta(seconds=1)
+
+    children = start_together([*commands(world, tmp_path, steps=4000)["pretrain"], "--save-every", "1"], tmp_path,
+                              prepare=be_impatient)
+    deadline = time.monotonic() + 60
+    while len(train.checkpoints(tmp_path / "pretrain")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(children[1], signal.SIGSTOP)
+    assert exit_code(children[0]) == 2 and "is silent" in last_line(tmp_path / "0.txt")
+    os.kill(children[1], signal.SIGKILL)
+    exit_code(children[1])
+
+
+def test_processes_that_disagree_do_not_start(world, tmp_path):
+    def another_seed_in_one():
+        resolve = train.resolve
+        train.resolve = lambda typed: resolve({**typed, "seed": int(os.environ["RANK"])})
+
+    together(commands(world, tmp_path)["pretrain"], tmp_path, 2, 2, another_seed_in_one)
+    assert "process 1 has seed 1, and process 0 has 0" in last_line(tmp_path / "0.txt") == last_line(tmp_path / "1.txt")
+    assert not (tmp_path / "pretrain").exists()
+
+
+def test_what_several_processes_cannot_do(world, chain, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "--stage all" in fails(capsys, "--stage", "all", "--out", tmp_path / "out")
+    assert "--stage evaluate" in fails(capsys, "--stage", "evaluate", "--init", chain / "pretrain")
+    assert "multiple" in fails(capsys, *commands(world, tmp_path / "out")["pretrain"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_torchrun(world, tmp_path):
+    """The command of the README itself."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "train.py", *commands(world, tmp_path, steps=2)["pretrain"]], cwd=ROOT, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes") == 1 and (tmp_path / "pretrain" / "metrics.json").is_file()
