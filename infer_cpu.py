@@ -3,6 +3,7 @@
     python infer_cpu.py MODEL_DIR --text "a warm and funny film"                      label and probability
     python infer_cpu.py MODEL_DIR --text "Who wrote it?" --context "Ada wrote it."    answer and score (SQuAD models)
     python infer_cpu.py MODEL_DIR --evaluate --agreement                              the task's metrics, on its dev set
+    python infer_cpu.py MODEL_DIR --evaluate --predictions FOLDER                     and files for the official scripts
     python infer_cpu.py MODEL_DIR --benchmark --batch-size 1,16                       every engine side by side
     python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   the same without training
     python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
@@ -336,11 +337,11 @@ def compression_of(directory):
     return value
 
 
-def encoder_for(directory, kind, max_len, task=None, folder=None):
-    """A TaskData of the model's tokenizer and row length: with `folder` it has the dev set, without it only encodes."""
+def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev"):
+    """A TaskData of the model's tokenizer and row length: with `folder` it has the split, without it only encodes."""
     config = network.read_config(directory)[0]
     name = task or ("squad" if kind == "span" else "sst2")
-    length = max_len or compression_of(directory).get("max_len") or min(384 if kind == "span" else 128,
+    length = max_len or compression_of(directory).get("max_len") or min(TASKS[name].max_length,
                                                                          config.max_position_embeddings)
     if not isinstance(length, int) or not 8 <= length <= config.max_position_embeddings:
         raise InputError(f"rows of {length} tokens do not fit {directory}, which takes 8 to "
@@ -349,7 +350,7 @@ def encoder_for(directory, kind, max_len, task=None, folder=None):
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the model "
                          f"{config.vocab_size}; they do not belong together")
-    return TaskData(name, folder or ".", tokenizer, length, splits=("dev",) if folder else ())
+    return TaskData(name, folder or ".", tokenizer, length, splits=(split,) if folder else ())
 
 
 def label_names(directory, count):
@@ -439,7 +440,8 @@ def recorded(engine, logits):
 
 
 def agreement(data, engine, reference, limit):
-    """(metrics of engine, figures): the share of equal predictions on every dev set, the largest logit difference."""
+    """(metrics and predictions of engine, figures): the share of equal predictions on every dev set, the largest logit
+    difference."""
     ours, theirs = [], []
     metrics, predictions = data.evaluate(recorded(engine, ours), limit=limit)
     reference_metrics, expected = data.evaluate(recorded(reference, theirs), limit=limit)
@@ -449,10 +451,22 @@ def agreement(data, engine, reference, limit):
         shares[name] = sum(a == b for a, b in pairs) / len(pairs)
         count += len(pairs)
     ours, theirs = torch.cat([part.flatten() for part in ours]), torch.cat([part.flatten() for part in theirs])
-    return metrics, {"examples": count, "equal_predictions": shares, "fake_quant_metrics": reference_metrics,
-                     "largest_logit_difference": float((ours - theirs).abs().max()),
-                     "mean_logit_difference": float((ours - theirs).abs().mean()),
-                     "logit_standard_deviation": float(theirs.std())}
+    figures = {"examples": count, "equal_predictions": shares, "fake_quant_metrics": reference_metrics,
+               "largest_logit_difference": float((ours - theirs).abs().max()),
+               "mean_logit_difference": float((ours - theirs).abs().mean()),
+               "logit_standard_deviation": float(theirs.std())}
+    return metrics, predictions, figures
+
+
+def make_folder(path):
+    """The folder of --predictions, made if it is not there; InputError if nothing can be written to it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"--predictions {path}: {error.strerror}; give a folder that can be written to") from None
 
 
 def run_evaluate(settings):
@@ -464,19 +478,25 @@ def run_evaluate(settings):
     if TASKS[task].kind != kind:
         raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {settings.model} is a {kind} model")
     folder = settings.data or tiny.ensure(HOME / "data" / "tiny")
-    data = encoder_for(settings.model, kind, settings.max_len, task, folder)
+    data = encoder_for(settings.model, kind, settings.max_len, task, folder, settings.split)
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     classes = engine.model.classifier.out_features if kind == "classification" else len(data.labels)
     if classes != len(data.labels):
         raise InputError(f"--task {task} has {len(data.labels)} labels, and {settings.model} tells {classes} apart")
+    reference = fake_quant_model(settings.model) if settings.agreement else None
+    predictions_folder = make_folder(settings.predictions) if settings.predictions else None
     report = {"engine": engine.name, "layout": engine.layout, "task": task}
     if settings.agreement:
-        report["metrics"], figures = agreement(data, engine, fake_quant_model(settings.model), settings.limit)
+        report["metrics"], predictions, figures = agreement(data, engine, reference, settings.limit)
         report["agreement"] = figures
     else:
-        report["metrics"], _ = data.evaluate(engine, limit=settings.limit)
-    print(f"{task}, engine {engine.name}: "
-          + ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items()))
+        report["metrics"], predictions = data.evaluate(engine, limit=settings.limit)
+    print("\n".join([*data.notes(), f"{task}, engine {engine.name}: " + (
+        ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items()) or "no labels to compare with")]))
+    if predictions_folder:
+        for name, content in data.prediction_files(predictions).items():
+            network.write_file(predictions_folder / name, content)
+            print(f"wrote {predictions_folder / name}")
     if settings.agreement:
         shares = ", ".join(f"{share:.2%} of {name}" for name, share in figures["equal_predictions"].items())
         print(f"same prediction as the fake-quantized model on {shares}; logits differ by at most "
@@ -767,6 +787,9 @@ def parse(arguments=None):
     parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
     parser.add_argument("--task", choices=tuple(TASKS), help="with --evaluate; default: what the model was trained on")
     parser.add_argument("--data", metavar="DIR", help="with --evaluate: the task folders; default: the tiny world")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="with --evaluate; test has no labels")
+    parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there, as GLUE's server "
+                        "and SQuAD's script take them")
     parser.add_argument("--limit", type=count, help="with --evaluate: only so many examples of a dev set")
     parser.add_argument("--agreement", action="store_true", help="with --evaluate: compare with the fake-quant model")
     parser.add_argument("--batch-size", type=counts, default=[1, 16], help="with --benchmark: for example 1,16")
@@ -776,6 +799,10 @@ def parse(arguments=None):
     settings = parser.parse_args(arguments)
     if (settings.model is None) != bool(settings.random):
         parser.error("give either MODEL_DIR or --random PRESET")
+    if settings.predictions and not settings.evaluate:
+        parser.error("--predictions goes with --evaluate")
+    if settings.split == "test" and not settings.predictions:
+        parser.error("--split test has no labels, so that there is nothing but predictions; give --predictions FOLDER")
     if settings.random and not (settings.benchmark or settings.size):
         parser.error("--random has random weights: it goes with --benchmark and --size only")
     return settings

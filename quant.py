@@ -146,12 +146,6 @@ def prepare(model, bits, scales="row"):
         layer.fake_quant = functools.partial(fake_quant, bits=bits, scales=scales)
 
 
-def strip(model):
-    """Undo `prepare`; the activation ranges stay."""
-    for _, layer in linears(model):
-        layer.fake_quant = None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Integers: one packed layer, and the slow exact product that every engine is held against
 

@@ -73,7 +73,7 @@ class Settings:
     micro_batch: int | None = None    # rows per forward pass of a process; default: all of its share of the batch
     activation_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
     compile: bool = False             # let torch.compile fuse each layer; needs a C++ compiler on a CPU
-    max_len: int = 128                # tokens per row, at most
+    max_len: int | None = None        # tokens per row, at most; default of evaluate: as trained, else 384 or 128
     lr: float = 1e-4                  # peak learning rate
     beta2: float = 0.999              # AdamW's memory of squared gradients
     warmup: float = 0.01              # share of the steps with rising learning rate
@@ -147,11 +147,11 @@ DISTILBERT = {
 }
 RECIPES = {
     "tiny": {
-        "pretrain": dict(steps=1500, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "prune": dict(steps=1000, batch_size=64, max_len=56, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "pretrain": dict(steps=1700, batch_size=64, max_len=48, lr=3e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "prune": dict(steps=1000, batch_size=64, max_len=48, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
         "dense": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0),
-        "finetune": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
-        "finetune squad": dict(lr=1e-3),
+        "finetune": dict(epochs=4, max_len=64, lr=8e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "finetune squad": dict(epochs=8, lr=1e-3),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
     },
     "minilm-l6": {
@@ -345,7 +345,7 @@ def check(s):
         demand(0 <= getattr(s, name) <= 1, name, "a share from 0 to 1")
     demand(s.dropout is None or 0 <= s.dropout < 1, "dropout", "a probability from 0 to below 1")
     demand(0 <= s.weight_decay < math.inf, "weight_decay", "0 or more")
-    demand(s.max_len >= 8, "max_len", "8 tokens or more")
+    demand(s.max_len is None or s.max_len >= 8, "max_len", "8 tokens or more")
     demand(0 <= s.seed < 2 ** 31, "seed", "a whole number from 0 to 2147483647")
     demand(s.batch_size % s.micro_batch == 0, "micro_batch", f"a divisor of the batch size {s.batch_size}")
     if s.steps and s.epochs:
@@ -706,8 +706,7 @@ def build_model_and_data(s, init):
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(f"{init}: the vocabulary has {tokenizer.get_vocab_size()} entries and the model "
                          f"{config.vocab_size}")
-    if s.max_len > config.max_position_embeddings:
-        raise InputError(f"--max-len {s.max_len} is more than the model's {config.max_position_embeddings} positions")
+    check_length(s.max_len, config)
     if pretraining:
         data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, s.max_len,
                                     next_sentence=config.model_type == "bert", seed=s.seed)
@@ -715,13 +714,18 @@ def build_model_and_data(s, init):
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
         kind, num_labels = data.kind, len(data.labels) if data.kind == "classification" else None
-        notes += [f"{split}: left out {count} rows without an agreed label"
-                  for split, count in data.skipped.items() if count]
+        notes += data.notes()
     if init:
         model = network.load(init, kind, num_labels, fresh_head=s.stage != "quantize", say=notes.append)
     else:
         model = network.build(config, kind, num_labels or 2)
     return model, tokenizer, data, notes
+
+
+def check_length(length, config):
+    """InputError if the model has no position embeddings for rows of `length` tokens."""
+    if length > config.max_position_embeddings:
+        raise InputError(f"--max-len {length} is more than the model's {config.max_position_embeddings} positions")
 
 
 def prepare_layers(s, model):
@@ -1045,13 +1049,18 @@ def run_evaluate(s):
     config, raw = network.read_config(init)
     compression = raw.get("compression", {})
     tokenizer = text.load_tokenizer(init)
+    usual = tasks.TASKS[s.task].max_length if s.task else 128
+    length = s.max_len or compression.get("max_len") or min(usual, config.max_position_embeddings)
+    check_length(length, config)
     if s.task:
-        data = tasks.TaskData(s.task, data_folder(s), tokenizer, compression.get("max_len", s.max_len), splits=("dev",))
+        data = tasks.TaskData(s.task, data_folder(s), tokenizer, length, splits=("dev",))
+        for note in data.notes():
+            print(note)
         model = network.load(init, data.kind)
         if "activation_bits" in compression:
             quant.prepare(model, compression["activation_bits"], compression["weight_scales"])
     else:
-        data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, s.max_len,
+        data = text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, length,
                                     next_sentence=config.model_type == "bert", seed=s.seed)
         model = network.load(init, "pretraining")
     if prune.measured_sparsity(model) >= LEAST_SPARSITY:

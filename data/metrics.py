@@ -30,7 +30,10 @@ def answer_f1(predicted: str, expected: str) -> float:
     """F1 of the words two answers share, after normalize_answer; a word counts as often as it occurs in both."""
     predicted_words, expected_words = normalize_answer(predicted).split(), normalize_answer(expected).split()
     common = (Counter(predicted_words) & Counter(expected_words)).total()
-    return 2 * common / (len(predicted_words) + len(expected_words)) if common else 0.0
+    if not common:
+        return 0.0
+    precision, recall = common / len(predicted_words), common / len(expected_words)
+    return 2 * precision * recall / (precision + recall)        # in SQuAD's order of operations, for its last digit
 
 
 def squad_scores(predictions: dict[str, str], answers: dict[str, list[str]]) -> dict[str, float]:

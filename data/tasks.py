@@ -3,13 +3,16 @@
     data = TaskData("sst2", "path/to/folder", tokenizer, max_length=128)   # the folder that holds SST-2/, MNLI/, …
     batch = data.collate(data.rows(step=0, batch_size=32))                 # dict of int64 tensors
     metrics, predictions = data.evaluate(predict)                          # predict(batch) returns logits
+    files = data.prediction_files(predictions)                             # as GLUE and SQuAD's script take them
 
 SST-2, MNLI, QQP and QNLI come as GLUE's tab-separated files (arXiv 1804.07461), SQuAD v1.1 as JSON (arXiv 1606.05250).
 """
 
 import gzip
+import itertools
 import json
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,17 +37,25 @@ class Task:
     label_column: str = ""
     train: str = "train.tsv"
     dev: dict[str, str] = field(default_factory=lambda: {"dev": "dev.tsv"})     # the first is required
+    test: dict[str, str] = field(default_factory=lambda: {"test": "test.tsv"})  # published without labels
+    submissions: tuple[str, ...] = ()   # what the official scripts call the predictions of the dev or test files
+    max_length: int = 128               # tokens per row where nobody says otherwise, as in BERT's scripts
 
 
 TASKS = {task.name: task for task in (
-    Task("sst2", "SST-2", "classification", "accuracy", ("0", "1"), ("sentence",), "label"),
+    Task("sst2", "SST-2", "classification", "accuracy", ("0", "1"), ("sentence",), "label",
+         submissions=("SST-2.tsv",)),
     Task("mnli", "MNLI", "classification", "accuracy", ("entailment", "neutral", "contradiction"),
          ("sentence1", "sentence2"), "gold_label",
-         dev={"dev_matched": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv"}),
-    Task("qqp", "QQP", "classification", "accuracy", ("0", "1"), ("question1", "question2"), "is_duplicate"),
+         dev={"dev_matched": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv"},
+         test={"test_matched": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv"},
+         submissions=("MNLI-m.tsv", "MNLI-mm.tsv")),
+    Task("qqp", "QQP", "classification", "accuracy", ("0", "1"), ("question1", "question2"), "is_duplicate",
+         submissions=("QQP.tsv",)),
     Task("qnli", "QNLI", "classification", "accuracy", ("entailment", "not_entailment"),
-         ("question", "sentence"), "label"),
-    Task("squad", "SQuAD", "span", "f1", train="train-v1.1.json", dev={"dev": "dev-v1.1.json"}),
+         ("question", "sentence"), "label", submissions=("QNLI.tsv",)),
+    Task("squad", "SQuAD", "span", "f1", train="train-v1.1.json", dev={"dev": "dev-v1.1.json"}, test={},
+         submissions=("predictions.json",), max_length=384),
 )}
 NO_LABEL = "-"              # MNLI: the annotators did not agree
 LONGEST_QUESTION = 64       # word pieces, as in BERT's SQuAD script
@@ -63,49 +74,64 @@ def _read(path: Path) -> str:
     return decode(content, path)
 
 
-def read_table(path: Path, task: Task) -> tuple[list[list[str]], list[int], int]:
-    """Read a GLUE file: one list of texts per text column, the class of each row, and how many rows were left out.
+def read_table(path: Path, task: Task, labelled: bool = True) -> tuple[list[list[str]], list[int], list[int]]:
+    """Read a GLUE file: one list of texts per text column, the class of each row, and the numbers of the rows left out.
 
     Fields are split at tabs only, never at quotes, and columns are found by the names in the first line, so further
-    columns do no harm. Left out are rows whose label is "-" (MNLI: no agreement). A line break inside a field (the
-    published QQP has some) leaves neighbouring lines that are all too short and together just long enough: they are
-    joined again. Every other line with a wrong number of fields, or with an unknown label, raises DataError.
+    columns do no harm. Rows are counted from 0. Left out are rows whose label is "-" (MNLI: no agreement) and, of QQP,
+    rows cut short, which some of its published files have. Every other line with a wrong number of fields, or with an
+    unknown label, raises DataError. A test file is not `labelled`: it has no column for labels, and no classes.
     """
     lines = _read(path).removesuffix("\n").split("\n")
     header = lines[0].split("\t")
-    for column in (*task.text_columns, task.label_column):
+    wanted = (*task.text_columns, task.label_column) if labelled else task.text_columns
+    for column in wanted:
         if column not in header:
             raise DataError(f"{path}:1: there is no column {column!r}; found {', '.join(map(repr, header))}, expected "
-                            f"the tab-separated names {', '.join((*task.text_columns, task.label_column))}")
-    columns = [header.index(column) for column in task.text_columns]
-    label_column, classes = header.index(task.label_column), {label: i for i, label in enumerate(task.labels)}
-    texts, labels, skipped, number = [[] for _ in columns], [], 0, 1
+                            f"the tab-separated names {', '.join(wanted)}")
+    columns, classes = [header.index(column) for column in wanted], {label: i for i, label in enumerate(task.labels)}
+    texts, labels, left_out = [[] for _ in task.text_columns], [], []
+    for number, (line, fields) in enumerate(_records(lines, len(header))):
+        if len(fields) != len(header):
+            found = lines[line - 1].count("\t") + 1
+            if task.name == "qqp" and found < len(header):
+                left_out.append(number)
+                continue
+            raise DataError(f"{path}:{line}: found {found} tab-separated field{'s' * (found != 1)}, expected "
+                            f"{len(header)} as in line 1; correct or remove the line")
+        if labelled:
+            label = fields[columns[-1]]
+            if label == NO_LABEL and task.name == "mnli":
+                left_out.append(number)
+                continue
+            if label not in classes:
+                raise DataError(f"{path}:{line}: the label in column {task.label_column!r} is {label!r}, expected one "
+                                f"of {', '.join(task.labels)}; correct the line")
+            labels.append(classes[label])
+        for column, values in zip(columns, texts):
+            values.append(fields[column])
+    if not texts[0]:
+        raise DataError(f"{path}: there are no examples in it, only a header; expected one example a line")
+    return texts, labels, left_out
+
+
+def _records(lines: list[str], width: int) -> Iterator[tuple[int, list[str]]]:
+    """Every row below the header: the number of its first line, as people count them, and its fields.
+
+    A line break inside a field (the first published QQP has some) leaves neighbouring lines that are all too short and
+    together just long enough: they are joined again.
+    """
+    number = 1
     while number < len(lines):
-        fields, first = lines[number].split("\t"), number + 1       # people count lines from 1
+        fields, first = lines[number].split("\t"), number + 1
         number += 1
-        while len(fields) < len(header) and number < len(lines):
+        while len(fields) < width and number < len(lines):
             following = lines[number].split("\t")
-            if len(following) >= len(header):
+            if len(following) >= width:
                 break
             fields = [*fields[:-1], f"{fields[-1]} {following[0]}", *following[1:]]
             number += 1
-        if len(fields) != len(header):
-            found = lines[first - 1].count("\t") + 1
-            raise DataError(f"{path}:{first}: found {found} tab-separated field{'s' * (found != 1)}, expected "
-                            f"{len(header)} as in line 1; correct or remove the line")
-        label = fields[label_column]
-        if label == NO_LABEL and task.name == "mnli":
-            skipped += 1
-            continue
-        if label not in classes:
-            raise DataError(f"{path}:{first}: the label in column {task.label_column!r} is {label!r}, expected one of "
-                            f"{', '.join(task.labels)}; correct the line")
-        labels.append(classes[label])
-        for column, values in zip(columns, texts):
-            values.append(fields[column])
-    if not labels:
-        raise DataError(f"{path}: there are no examples in it, only a header; expected one example a line")
-    return texts, labels, skipped
+        yield first, fields
 
 
 @dataclass(frozen=True)
@@ -177,12 +203,12 @@ class TaskData:
 
     task        a name in TASKS, or a Task
     folder      holds the task folders SST-2/, MNLI/, …; not used if `splits` is empty
-    splits      "train", "dev" or both; () for a TaskData that only encodes single texts
+    splits      any of "train", "dev" and "test" (whose labels nobody has); () for a TaskData that only encodes texts
     stride      SQuAD: tokens by which neighbouring windows of a long context overlap; default: a third of
                 max_length, the published 128 at 384
 
-    Attributes: task (a Task), kind, labels, max_length, and skipped {split: rows left out because MNLI's annotators
-    did not agree}. MNLI's dev_mismatched.tsv may be missing; it is then just not evaluated.
+    Attributes: task (a Task), kind, labels, max_length, and left_out {split: numbers of the rows left out, see
+    read_table}. MNLI's dev_mismatched.tsv and test_mismatched.tsv may be missing; they are then just not evaluated.
     Files are read, and DataError raised, at once; a split is tokenized when it is first used.
     """
 
@@ -194,7 +220,7 @@ class TaskData:
         self.kind, self.labels = self.task.kind, self.task.labels
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
         self.stride = max_length // 3 if stride is None else stride
-        self.skipped: dict[str, int] = {}
+        self.left_out: dict[str, list[int]] = {}
         self._examples, self._tokenized = {}, {}        # by split: what was read, and the rows made of it
         self._epoch, self._batches = None, None         # a cache, no state: see _epoch_batches
         if max_length < 8:
@@ -203,12 +229,16 @@ class TaskData:
             if self.kind == "span":
                 self._examples[name] = read_questions(file)
             else:
-                *self._examples[name], self.skipped[name] = read_table(file, self.task)
+                labelled = name not in self.task.test
+                *self._examples[name], self.left_out[name] = read_table(file, self.task, labelled)
 
     def _files(self, folder: Path, splits: tuple[str, ...]) -> dict[str, Path]:
         """The files to read, by the name of the split; DataError if a required one is missing."""
-        wanted = ({"train": self.task.train} if "train" in splits else {}) | (self.task.dev if "dev" in splits else {})
-        required = ("train", next(iter(self.task.dev)))
+        known = {"train": {"train": self.task.train}, "dev": self.task.dev, "test": self.task.test}
+        if "test" in splits and not self.task.test:
+            raise DataError(f"the test set of {self.task.folder} is not published; take the dev set")
+        wanted = {name: file for split in splits for name, file in known[split].items()}
+        required = [next(iter(known[split])) for split in splits]
         files = {}
         for name, file in wanted.items():
             path = folder / self.task.folder / file
@@ -231,7 +261,9 @@ class TaskData:
                 self._tokenized[split] = self._encode_questions(self._examples[split])
             else:
                 texts, labels = self._examples[split]
-                self._tokenized[split] = [row | {"label": label} for row, label in zip(self.encode(*texts), labels)]
+                rows = self.encode(*texts)
+                self._tokenized[split] = ([row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+                                          if labels else rows)
         return self._tokenized[split]
 
     def encode(self, texts_a: list[str], texts_b: list[str] | None = None) -> list[dict]:
@@ -342,11 +374,11 @@ class TaskData:
     # ---- evaluation
 
     def evaluate(self, predict, batch_size: int = 32, limit: int | None = None) -> tuple[dict, dict]:
-        """Run `predict` over the first `limit` (default: all) examples of every dev set.
+        """Run `predict` over the first `limit` (default: all) examples of every dev set, or of every test set.
 
         predict(batch) gets a batch of `collate` and returns float logits: (rows, classes), or for SQuAD the pair
         start_logits, end_logits, both (rows, length). Returns (metrics, predictions): metrics {name: fraction 0 … 1},
-        predictions {dev set: [label, …] in the order of the file, or {question id: text}}.
+        predictions {dev set: [label, …] in the order of the file, or {question id: text}}. A test set has no metrics.
         """
         metrics, predictions = {}, {}
         for number, name in enumerate(name for name in self._examples if name != "train"):
@@ -357,13 +389,36 @@ class TaskData:
                                                             for question in questions})
                 continue
             rows = self._split_rows(name)[:limit]
-            expected = [self.labels[row["label"]] for row in rows]
             predictions[name] = [self.labels[output[0].argmax()] for output in self._outputs(predict, rows, batch_size)]
+            if name in self.task.test:
+                continue
+            expected = [self.labels[row["label"]] for row in rows]
             suffix = name.removeprefix("dev") if number else ""
             metrics["accuracy" + suffix] = accuracy(predictions[name], expected)
             if self.task.name == "qqp":
                 metrics["f1" + suffix] = binary_f1(predictions[name], expected, positive=self.labels[1])
         return metrics, predictions
+
+    def prediction_files(self, predictions: dict) -> dict[str, str]:
+        """{file name: content} of the predictions that `evaluate` returned, for GLUE's server and SQuAD's script.
+
+        SQuAD: an object {question id: text}. GLUE: the lines `index<TAB>prediction`, the index being the number of the
+        row in its file, from 0, so that a row that was left out leaves a gap.
+        """
+        files = {}
+        for file, (name, answers) in zip(self.task.submissions, predictions.items()):
+            if self.kind == "span":
+                files[file] = json.dumps(answers, indent=1)
+                continue
+            numbers = (number for number in itertools.count() if number not in self.left_out[name])
+            files[file] = "index\tprediction\n" + "".join(f"{number}\t{answer}\n"
+                                                          for answer, number in zip(answers, numbers))
+        return files
+
+    def notes(self) -> list[str]:
+        """A line for every split with rows that were left out; none is left out in silence."""
+        reason = "without an agreed label" if self.task.name == "mnli" else "that are cut short"
+        return [f"{split}: left out {len(rows)} rows {reason}" for split, rows in self.left_out.items() if rows]
 
     def _answers(self, predict, questions: list[Question], rows: list[dict], batch_size: int) -> dict[str, str]:
         rows = [row for row in rows if row["example"] < len(questions)]

@@ -416,24 +416,27 @@ def table(tmp_path, content, name="qqp"):
 def test_tables_are_cut_at_tabs_only_and_columns_found_by_name(tmp_path):
     path, task = table(tmp_path, "\ufeffis_duplicate\textra\tquestion2\tquestion1\r\n"
                                  '1\tx\tsay "b\ta \u2028\u0085c\r\n0\t\t\t"q\r\n')
-    texts, labels, skipped = read_table(path, task)
-    assert texts == [["a \u2028\u0085c", '"q'], ['say "b', ""]] and labels == [1, 0] and skipped == 0
+    texts, labels, left_out = read_table(path, task)
+    assert texts == [["a \u2028\u0085c", '"q'], ['say "b', ""]] and labels == [1, 0] and left_out == []
     lines = [f"{n}{8 * chr(9)}a{n}\tb{n}\tx\t{label}\n" for n, label in enumerate(("neutral", "-", "entailment"))]
     path, task = table(tmp_path, "".join([HEADERS["mnli"] + "\n", *lines]), "mnli")
-    assert read_table(path, task) == ([["a0", "a2"], ["b0", "b2"]], [1, 0], 1)
+    assert read_table(path, task) == ([["a0", "a2"], ["b0", "b2"]], [1, 0], [1])
 
 
 def test_a_line_break_inside_a_field_is_healed_but_a_short_line_is_not(tmp_path):
     head, good = HEADERS["qqp"] + "\n", "1\t2\t3\tfine\tok\t0\n"
     path, task = table(tmp_path, head + good + '7\t8\t9\t"one\n"two\tthree\t1\n' + good)
-    assert read_table(path, task) == ([["fine", '"one "two', "fine"], ["ok", "three", "ok"]], [0, 1, 0], 0)
-    for bad in ("7\t8\t9\tone\tthree\n", "7\t8\t9\tone\tthree\t1\tmore\n", "\n", "7\t8\t9\tone\nx\n"):
-        path, task = table(tmp_path, head + good + bad + good)
+    assert read_table(path, task) == ([["fine", '"one "two', "fine"], ["ok", "three", "ok"]], [0, 1, 0], [])
+    path, task = table(tmp_path, head + good + "7\t8\t9\tone\tthree\t1\tmore\n" + good)
+    assert message(read_table, path, task).startswith(f"{path}:3: found 7 tab-separated fields, expected 6")
+    head, good = HEADERS["qnli"] + "\n", "1\tfine\tok\tentailment\n"
+    for bad in ("7\tone\tthree\n", "7\tone\tthree\tentailment\tmore\n", "\n", "7\tone\nx\n"):
+        path, task = table(tmp_path, head + good + bad + good, "qnli")
         found = bad.split("\n")[0].count("\t") + 1
         assert message(read_table, path, task).startswith(
-            f"{path}:3: found {found} tab-separated field{'s' * (found > 1)}, expected 6")
+            f"{path}:3: found {found} tab-separated field{'s' * (found > 1)}, expected 4")
         if bad != "\n":                 # the same at the end of the file
-            path, task = table(tmp_path, head + good + bad)
+            path, task = table(tmp_path, head + good + bad, "qnli")
             assert f"{path}:3: found" in message(read_table, path, task)
     path, task = table(tmp_path, "sentence\tlabel\nno label here\ngood\t1\n", "sst2")
     assert f"{path}:2: found 1 tab-separated field, expected 2" in message(read_table, path, task)

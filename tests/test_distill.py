@@ -411,6 +411,28 @@ def test_nothing_to_learn_from_oneself():
         assert max(float(grad.abs().max()) for grad in gradients(student).values() if grad is not None) < 1e-5, kind
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")        # of vmap: it takes the steps one by one
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.5])
+def test_distillation_is_the_closed_form_at_every_step_of_the_papers_run(temperature):
+    """100,000 steps in which a student comes from far away to its teacher: T^2 sum p log(p / q) of each, in float64,
+    and for two classes the same from the logits' difference alone."""
+    generator = np.random.default_rng(0)
+    way = np.linspace(1, 0, 100_000)[:, None]                   # what is left of it
+    for classes in (2, 7):
+        teacher = generator.normal(0, 3, (1, classes)) + generator.normal(0, 0.5, (100_000, classes))
+        student = teacher + way * generator.normal(0, 4, (100_000, classes))
+        student, teacher = (logits.astype(np.float32) for logits in (student, teacher))
+        ours = torch.vmap(lambda a, b: distill.soft_loss(a, b, temperature))(*map(torch.from_numpy, (student, teacher)))
+        q, p = (np.exp(logits.astype(np.float64) / temperature) for logits in (student, teacher))
+        q, p = q / q.sum(1, keepdims=True), p / p.sum(1, keepdims=True)
+        expected = temperature ** 2 * (p * np.log(p / q)).sum(1)
+        assert np.abs(ours.numpy() - expected).max() < 1e-4 and abs(float(ours[-1])) < 1e-5
+        if classes == 2:
+            a, b = (np.subtract(*logits.T.astype(np.float64)) / temperature for logits in (student, teacher))
+            two = np.logaddexp(0, -a) - np.logaddexp(0, -b) + (a - b) / (1 + np.exp(b))
+            assert np.abs(ours.numpy() - temperature ** 2 * two).max() < 1e-4
+
+
 def test_temperature_squared_keeps_the_gradients_size():
     """At a high temperature T^2 KL tends to half the squared distance of centred logits over C: its gradient stays."""
     generator = torch.Generator().manual_seed(0)

@@ -13,8 +13,9 @@ import infer_cpu
 import model as network
 import quant
 from data import tiny
-from data.tasks import TASKS, TaskData
 from data.corpus import read_documents
+from data.metrics import squad_scores
+from data.tasks import TASKS, TaskData, read_questions
 from data.text import load_tokenizer, save_tokenizer, train_tokenizer
 from model import InputError, ModelConfig
 
@@ -213,8 +214,8 @@ def test_engines_agree_with_the_fake_quantized_model_on_the_dev_set(directories,
     reference = infer_cpu.fake_quant_model(directory)
     for engine_name in ("int8", "sparse"):
         engine = infer_cpu.load(directory, engine_name, say=silent)
-        metrics, figures = infer_cpu.agreement(data, engine, reference, 200)
-        predictions = data.evaluate(engine, limit=200)[1].popitem()[1]
+        metrics, predictions, figures = infer_cpu.agreement(data, engine, reference, 200)
+        predictions = predictions.popitem()[1]
         assert data.kind == "span" or min(predictions.count(label) for label in set(predictions)) > 10    # it does vary
         assert figures["examples"] >= 200
         assert min(figures["equal_predictions"].values()) >= 0.995
@@ -324,6 +325,41 @@ def test_evaluate_command(directories, world, tmp_path):
     assert set(report["agreement"]["equal_predictions"]) == {"dev_matched", "dev_mismatched"}
 
 
+def test_written_predictions_score_as_reported(directories, world, tmp_path, capsys):
+    """The files alone, beside the dev files, give the metrics that were printed; and --split test gives the same lines
+    for a file without labels."""
+    folder, reports = world[0], {}
+    for name, extra in (("blocks", ["--agreement"]), ("unstructured", []), ("squad", [])):
+        infer_cpu.main([str(directories[name]), "--evaluate", "--data", str(folder), "--limit", "60", "--engine",
+                        "int8", "--predictions", str(tmp_path / "new" / name), "--json", str(tmp_path / "out.json"),
+                        *extra])
+        reports[name] = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    written = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*.*")}
+    assert written == {"blocks/SST-2.tsv", "unstructured/MNLI-m.tsv", "unstructured/MNLI-mm.tsv",
+                       "squad/predictions.json"}
+    for file, dev, report in (("blocks/SST-2.tsv", "SST-2/dev.tsv", reports["blocks"]["accuracy"]),
+                              ("unstructured/MNLI-m.tsv", "MNLI/dev_matched.tsv", reports["unstructured"]["accuracy"]),
+                              ("unstructured/MNLI-mm.tsv", "MNLI/dev_mismatched.tsv",
+                               reports["unstructured"]["accuracy_mismatched"])):
+        lines = (tmp_path / "new" / file).read_text().splitlines()
+        truth = [line.split("\t")[-1] for line in (folder / dev).read_text().splitlines()[1:61]]
+        assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(60))]
+        assert sum(line.split("\t")[1] == label for line, label in zip(lines[1:], truth)) / 60 == report
+    answers = json.loads((tmp_path / "new" / "squad" / "predictions.json").read_text())
+    truth = {question.identifier: [text for text, _ in question.answers]
+             for question in read_questions(folder / "SQuAD" / "dev-v1.1.json")[:60]}
+    assert answers.keys() == truth.keys() and squad_scores(answers, truth) == reports["squad"]
+    (tmp_path / "SST-2").mkdir()
+    rows = [line.rpartition("\t")[0] for line in (folder / "SST-2" / "dev.tsv").read_text().splitlines()]
+    (tmp_path / "SST-2" / "test.tsv").write_text("index\t" + "\n".join(
+        [rows[0], *(f"{number}\t{row}" for number, row in enumerate(rows[1:]))]) + "\n")
+    capsys.readouterr()
+    infer_cpu.main([str(directories["blocks"]), "--evaluate", "--data", str(tmp_path), "--limit", "60", "--split",
+                    "test", "--engine", "int8", "--predictions", str(tmp_path / "test")])
+    assert "no labels" in capsys.readouterr().out
+    assert (tmp_path / "test" / "SST-2.tsv").read_text() == (tmp_path / "new" / "blocks" / "SST-2.tsv").read_text()
+
+
 def test_benchmark_of_random_weights_command():
     done = run("--benchmark", "--random", "tiny", "--sparsity", 0.5, "--pattern", "2:4", "--batch-size", 1,
                "--max-len", 8, "--threads", 1)
@@ -373,6 +409,11 @@ def bad_commands(directories, world, tmp_path):
         ([blocks, "--evaluate", "--data", tmp_path / "none"], "none"),
         ([blocks, "--evaluate", "--task", "squad"], "span model"),
         ([blocks, "--evaluate", "--task", "mnli", "--data", folder], "mnli"),
+        ([blocks, "--text", "x", "--predictions", tmp_path], "--evaluate"),
+        ([blocks, "--evaluate", "--split", "test"], "--predictions"),
+        ([blocks, "--evaluate", "--data", folder, "--predictions", blocks / "config.json"], "--predictions"),
+        ([squad, "--evaluate", "--data", folder, "--split", "test", "--predictions", tmp_path], "not published"),
+        ([blocks, "--evaluate", "--data", folder, "--split", "test", "--predictions", tmp_path / "p"], "test.tsv"),
         ([blocks, "--text", "x", "--threads", 0], "--threads"), ([blocks, "--benchmark", "--batch-size", "1,x"], "x"),
         ([blocks, "--benchmark", "--max-len", 9999], "9999"), ([blocks, "--text", "x", "--json", tmp_path], "--json"),
         ([blocks, "--text", "x", "--json", tmp_path / "no" / "x.json"], "--json"),

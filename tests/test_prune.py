@@ -230,7 +230,7 @@ def test_ramp_equals_the_papers_reference_code(ramp, zeros):
 def test_sparsity_is_the_closed_form_at_every_step():
     """s(t) = s_f - s_f (1 - (t - t_s) / (t_e - t_s))^3, and the values that the method's description works out."""
     for ramp in (REFERENCE_RUN, Ramp(0.85, 1400, 10_000, 12_000, 100)):
-        steps = np.arange(0, 100_001, 7)
+        steps = np.arange(100_001)
         share = np.clip((steps - ramp.begin) / (ramp.end - ramp.begin), 0, 1)
         ours = np.array([sparsity_at(int(step), ramp) for step in steps])
         assert np.abs(ours - ramp.target * (1 - (1 - share) ** 3)).max() < 1e-12
@@ -241,6 +241,42 @@ def test_sparsity_is_the_closed_form_at_every_step():
         assert 100 * sparsity_at(step, REFERENCE_RUN) == pytest.approx(percent, abs=0.05)
     at_once = Ramp(0.5, 5, 5, 5, 1)
     assert sparsity_at(5, at_once) == 0 and sparsity_at(6, at_once) == 0.5
+
+
+def reference_rule(weight, sparsity, rows, columns):
+    """The mask of the paper's code where no scores tie: the floor(s n)-th smallest mean |w| is a threshold, and what is
+    strictly above it lives."""
+    height, width = weight.shape[0] // rows, weight.shape[1] // columns
+    scores = np.abs(weight).reshape(height, rows, width, columns).mean((1, 3))
+    ranked = np.sort(scores, axis=None)
+    assert (np.diff(ranked) > 0).all()                          # no ties
+    count = int(sparsity * scores.size + 1e-6)
+    threshold = ranked[count - 1] if count else -1
+    return np.kron(scores > threshold, np.ones((rows, columns), bool))
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 4), (4, 1)])
+def test_masks_follow_the_reference_rule_at_every_step_of_the_papers_run(rows, columns):
+    """100,000 steps with latent weights that move all the time: after each step the mask is the one of the last
+    selection, at the ramp's share in closed form, and from step 80,000 on it is frozen."""
+    model, layers = make(), []
+    for _, layer in prunable(model)[4:7]:                       # square, wide, high
+        start, speed = (np.random.default_rng(len(layers) + k).normal(size=layer.weight.shape) for k in (0, 9))
+        layers.append((layer, start, speed))
+    expected, selections, seen = [None] * len(layers), 0, set()
+    for step in range(100_000):
+        if step % 500 == 0:
+            latent = [(start + speed * step / 50_000).astype(np.float32) for _, start, speed in layers]
+            for (layer, _, _), weight in zip(layers, latent):
+                layer.weight.data.copy_(torch.from_numpy(weight))
+        update_masks(model, step, REFERENCE_RUN, Pattern(rows, columns))
+        if step % 1000 == 0 and step <= 80_000:
+            share = 0.9 * (1 - (1 - min(step, 50_000) / 50_000) ** 3)
+            expected = [torch.from_numpy(reference_rule(weight, share, rows, columns)) for weight in latent]
+            selections += 1
+            seen.add(tuple(map(int, map(torch.count_nonzero, expected))))
+        assert all(torch.equal(layer.mask, mask) for (layer, _, _), mask in zip(layers, expected)), step
+    assert selections == 81 and len(seen) > 20
 
 
 def test_masks_are_selected_every_so_often_and_then_frozen():

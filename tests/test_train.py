@@ -121,6 +121,23 @@ def test_evaluate_reads_what_the_stage_wrote(chain, world, capsys):
         assert f"accuracy {stored['accuracy']:.4f}" in capsys.readouterr().out
 
 
+def test_evaluate_takes_rows_as_typed_or_as_trained_or_as_published(chain, world, tmp_path, monkeypatch, capsys):
+    """And for a model that records no length, BERT's own: 128, for SQuAD 384, if it has so many positions."""
+    lengths, TaskData = [], train.tasks.TaskData
+    monkeypatch.setattr(train.tasks, "TaskData", lambda *a, **k: lengths.append(a[3]) or TaskData(*a, **k))
+    trained, foreign = chain / "sst2" / "teacher", tmp_path / "foreign"
+    shutil.copytree(trained, foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    assert config.pop("compression")["max_len"] == 48 and config["max_position_embeddings"] == 128
+    (foreign / "config.json").write_text(json.dumps(config))
+    for directory, typed, expected in ((trained, [], 48), (trained, ["--max-len", "40"], 40), (foreign, [], 128)):
+        train.main(["--stage", "evaluate", "--init", str(directory), "--task", "sst2", "--data", str(world), *typed])
+        assert lengths[-1] == expected
+    assert "--max-len 129" in fails(capsys, "--stage", "evaluate", "--init", trained, "--task", "sst2", "--data", world,
+                                    "--max-len", "129")
+    assert [train.tasks.TASKS[task].max_length for task in ("mnli", "squad")] == [128, 384]
+
+
 def test_squad_and_pairs_run_through_the_chain(world, chain, tmp_path):
     """A span task and a pair task, starting from the same sparse model; the sparse span model has no pooler."""
     for task in ("squad", "qnli"):
@@ -214,6 +231,60 @@ def test_accumulation_trains_the_same_model(world, chain, tmp_path):
         ends.append(network.read_safetensors(out / "prune-1x4-0.85" / "model.safetensors")[0])
     for name in ends[0]:
         assert torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
+
+
+def test_activation_checkpointing_trains_the_same_bits(world, chain, tmp_path):
+    """With dropout, which must fall alike when a layer is computed again."""
+    calls, forward = [], network.Layer.forward
+    ends = []
+    for flags in ([], ["--activation-checkpointing"]):
+        out = tmp_path / str(len(flags))
+        calls.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(network.Layer, "forward", lambda *inputs: (calls.append(1), forward(*inputs))[1])
+            train.main([*commands(world, out, steps=4)["prune"], "--init", str(chain / "pretrain"), "--teacher",
+                        str(chain / "pretrain"), "--dropout", "0.1", "--update-every", "0.25", *flags])
+        ends.append(((out / DIRECTORIES["prune"] / "model.safetensors").read_bytes(), len(calls)))
+    assert ends[0][0] == ends[1][0]
+    assert ends[1][1] - ends[0][1] == 4 * network.PRESETS["tiny"].num_hidden_layers       # each once more in each step
+
+
+def test_activation_checkpointing_does_not_go_with_activation_ranges(capsys, tmp_path):
+    message = fails(capsys, "--stage", "quantize", "--task", "sst2", "--activation-checkpointing", "--out", tmp_path)
+    assert "--activation-checkpointing" in message and "--micro-batch" in message
+
+
+def test_compile_trains_the_same_model(world, chain, tmp_path):
+    """To float rounding, and under the same names; a compiler is needed, as on every CPU."""
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    ends = []
+    for flags in ([], ["--compile"]):
+        out = tmp_path / str(len(flags))
+        train.main([*commands(world, out, steps=2)["pretrain"], "--init", str(chain / "pretrain"), "--dropout", "0",
+                    "--precision", "fp32", *flags])
+        ends.append(network.read_safetensors(out / "pretrain" / "model.safetensors")[0])
+    torch.compiler.reset()
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        assert torch.allclose(tensor, ends[1][name], atol=2e-5), name
+
+
+def test_memory_kept_by_a_layer():
+    """In float32 without dropout, per token: eight arrays of H numbers (inputs, query, key, value, context, two sums and
+    a norm), two of F, a number per head and four of the norms; and of each weight its product with the mask."""
+    model = network.build(network.PRESETS["tiny"], "pretraining")
+    network.set_dropout(model, 0.0)
+    H, F, A = model.config.hidden_size, model.config.intermediate_size, model.config.num_attention_heads
+    tokens, weights = 8 * 64, 4 * H * H + 2 * H * F
+    kept = train.kept_by_layer(train.Settings(precision="fp32"), model, (8, 64, H))
+    assert kept == pytest.approx(4 * (tokens * (8 * H + 2 * F + A + 4) + weights), rel=0.002)
+    model.encoder.recompute = True
+    parts = [train.estimate_memory(train.Settings(precision="fp32", activation_checkpointing=flag, batch_size=4096,
+                                                  micro_batch=512), model, None) for flag in (False, True)]
+    hidden = 4 * 512 * 128 * H
+    whole = train.kept_by_layer(train.Settings(precision="fp32"), model, (512, 128, H))
+    assert parts[0] - parts[1] == pytest.approx(2 * whole - 3 * hidden, rel=0.2)         # two of three layers less
 
 
 def test_dropout_setting_reaches_every_module():
