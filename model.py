@@ -94,7 +94,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.kernel is not None:
             return self.kernel(x)
-        weight = self.weight * self.mask
+        weight = self.weight * self.mask.view(torch.uint8)      # twice as fast as with bool
         if self.fake_quant is not None:
             x, weight = self.fake_quant(x, weight, self)
         return F.linear(x, weight, self.bias)

@@ -511,8 +511,9 @@ class Shapes(TorchDispatchMode):
         return result
 
     def logits(self):
-        """Rows of the tensors that are as wide as the vocabulary (24 rows: the decoder itself, transposed)."""
-        wide = [shape for shape in self.seen if len(shape) > 1 and shape[-1] == 97]
+        """Rows of the tensors as wide as the vocabulary, 97 or, as products take it, 112 (24 rows: the decoder itself,
+        transposed)."""
+        wide = [shape for shape in self.seen if len(shape) > 1 and shape[-1] in (97, 112)]
         return [int(np.prod(shape[:-1])) for shape in wide if shape[0] != 24]
 
 
