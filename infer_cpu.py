@@ -8,22 +8,38 @@
     python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
     python infer_cpu.py --size --random bert-large --sparsity 0.9                     the same without training
 
-Every engine is the network of model.py with a function set into each `Linear.kernel`; attention, layer norms, softmax
-and GELU are the same float32 for all.
+Every engine is the network of model.py with functions set into its slots: `Linear.kernel`, or for native
+`Encoder.kernel`. Attention, layer norms, softmax and GELU are float32 for all.
 
     fp32     dense float32 weights, zeros included
     int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
     sparse   only the weights that live, in integers too: the same numbers as int8
-    auto     whichever of int8 and sparse is faster for this model on this machine (they run the quantized model;
-             fp32 does not); fp32 for a model that is not quantized
+    native   the same numbers again by infer_cpu.cpp, which a C++ compiler makes for this CPU on first use; padding is
+             not computed
+    auto     native, where there is a compiler and its product is the fastest here; else whichever of int8 and sparse is
+             faster for this model (all three run the quantized model; fp32 does not); fp32 for a model that is not
+             quantized
 
-From Python: engine = load(directory); logits = engine(dict(input_ids=..., attention_mask=..., token_type_ids=...))
+From Python:
+
+    engine = load("out/tiny/sst2/int8-1x4-0.8")
+    engine.answer(["a warm and funny film", "dull"])                [(label, probability), ...]; or (span, score) with
+                                                                    contexts=[...], one per question
+    engine(dict(input_ids=..., attention_mask=..., token_type_ids=...))         logits
 """
 import argparse
+import contextlib
+import ctypes
+import hashlib
 import json
 import math
+import os
+import platform
 import re
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +49,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -48,7 +65,7 @@ from model import InputError, linears
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*are deprecated")
 
-ENGINES = ("fp32", "int8", "sparse")
+ENGINES = ("fp32", "int8", "sparse", "native")
 TILE = 32               # tokens per CSR product: a tile of 3072 inputs (384 KB) stays in the second-level cache
 HOME = Path(__file__).resolve().parent
 
@@ -134,8 +151,6 @@ def qnnpack(packed):
     return product, 2 * packed.values.numel() + 4 * (out + 1) + 8 * out
 
 
-# The compiled kernel of an engine `native` (infer_cpu.cpp, through ctypes) will stand here.
-
 DENSE_KERNELS = {"oneDNN": onednn, "FBGEMM": fbgemm}
 SPARSE_KERNELS = {"CSR": csr, "1x4 blocks": qnnpack}
 
@@ -207,12 +222,355 @@ def seconds(function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Engine native: infer_cpu.cpp, compiled and called through ctypes
+
+WORDS, STRIPES, SCATTERED = range(3)        # which four weights make a block; drawn in infer_cpu.cpp
+FORMS = ("words", "stripes", "scattered")
+COSTS = (1.0, 4.0, 1.5)                     # of a block, of four blocks on one interleaving, of a block on its own one
+RANGE = 768                                 # inputs of a tile that are taken together: 48 KB with AVX-512, 24 with AVX2
+POINTER, INTEGER, SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+SIGNATURES = {
+    "linear": [POINTER, INTEGER, INTEGER, INTEGER, POINTER, POINTER, POINTER, POINTER],
+    "embed": [INTEGER, POINTER, POINTER, INTEGER, INTEGER, POINTER],
+    "quantize": [INTEGER, POINTER, POINTER, POINTER],
+    "layer_norm": [INTEGER, INTEGER, POINTER, POINTER, POINTER, POINTER, ctypes.c_float, POINTER, POINTER, POINTER],
+    "select_tokens": [INTEGER, POINTER, INTEGER, POINTER, POINTER],
+    "attention": [INTEGER, POINTER, POINTER, INTEGER, INTEGER, POINTER, INTEGER, POINTER, INTEGER, INTEGER, POINTER],
+    "set_threads": [SMALL],
+}
+
+
+def compiler():
+    """The C++ compiler's command, a list: $CXX, else the first of c++, g++ and clang++. InputError without one."""
+    command = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++"))
+    if not command or not shutil.which(command[0]):
+        raise InputError(f"engine native needs a C++ compiler, and there is no {' '.join(command)}; install one (Debian: "
+                         f"apt install g++) or name one in CXX")
+    return command
+
+
+def compile_native(path, options):
+    """Compile infer_cpu.cpp to the shared library `path`, which is there whole or not at all. InputError if it fails."""
+    partly = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        subprocess.run([*compiler(), "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *options, "-o", str(partly),
+                        str(HOME / "infer_cpu.cpp")], check=True, capture_output=True, text=True, timeout=600)
+        os.replace(partly, path)
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", "") or str(error)).splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise InputError(f"engine native: {compiler()[0]} cannot compile infer_cpu.cpp: {reason}") from None
+    finally:
+        partly.unlink(missing_ok=True)
+
+
+def open_native(path):
+    """A compiled infer_cpu.cpp -> the ctypes library. InputError if it cannot be loaded or brings its own threads."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise InputError(f"engine native: {path} cannot be loaded ({error}); delete it") from None
+    with contextlib.suppress(OSError):                              # Linux tells what is loaded; elsewhere, trust
+        pools = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib[gi]?omp[^/]*\.so", line)}
+        if len(pools) > 1:
+            raise InputError(f"engine native would run threads beside torch's own, with {' and '.join(sorted(pools))}; "
+                             f"name a compiler in CXX that uses torch's OpenMP library: g++ on Linux")
+    for name, types in SIGNATURES.items():
+        getattr(library, name).argtypes, getattr(library, name).restype = types, None
+    library.instructions.restype = ctypes.c_char_p
+    library.portable = 0                                            # 1: use the plain C++ in it
+    return library
+
+
+def processor():
+    """What the compiler's `native` stands for on this machine, as far as Linux tells it."""
+    with contextlib.suppress(OSError):
+        return sorted({line for line in open("/proc/cpuinfo")
+                       if line.startswith(("model name", "flags", "Features", "CPU implementer", "CPU part"))})
+    return [network.processor_name()]
+
+
+def native_library(bits, say):
+    """The library for this CPU and activations of so many bits, from the cache or compiled now, and checked.
+
+    The cache is prune-once-for-all in $XDG_CACHE_HOME or ~/.cache; a file's name is the hash of all it was made from.
+    Raises InputError, one sentence, where the engine cannot be had; `say` is told what is not as it should be.
+    """
+    options = ["-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
+               f"-DACTIVATION_BITS={bits}"]
+    try:
+        version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InputError(f"engine native: the compiler {compiler()[0]} does not run: {error}") from None
+    recipe = repr(((HOME / "infer_cpu.cpp").read_text(), compiler(), version, options, processor()))
+    name = f"infer_cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune-once-for-all"
+    with tempfile.TemporaryDirectory(prefix="infer_cpu-") as temporary:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / name).is_file():
+                tempfile.TemporaryFile(dir=folder).close()          # may we write there?
+        except OSError as error:
+            say(f"engine native is compiled anew each time, for its cache {folder} cannot be used: {error.strerror}")
+            folder = Path(temporary)
+        if not (folder / name).is_file():
+            compile_native(folder / name, options)
+        library = open_native(folder / name)
+    check_sums(library, bits, say)
+    check_floats(library)
+    return library
+
+
+def check_sums(library, bits, say):
+    """The products in all three forms, on random and extreme levels, against the oracle. Where the instructions for
+    this CPU are wrong, plain C++ takes their place, and `say` is told; InputError if that is wrong too."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (104, 900), generator=generator, dtype=torch.int8)
+    weight *= torch.rand(weight.shape, generator=generator) > 0.6
+    layer = quant.PackedLinear((104, 900), weight, None, torch.ones(104), torch.zeros(104), torch.tensor(1.0),
+                               torch.tensor(2 ** bits // 3, dtype=torch.int32), bits)
+    levels = torch.randint(0, 2 ** bits, (2 * library.tokens_of_tile() + 5, 900), generator=generator)
+    levels[0], levels[1] = 2 ** bits - 1, 0
+    x = (levels - layer.input_zero_point).float()
+    expected = quant.integer_forward(x, layer)
+    for library.portable, name in enumerate((library.instructions().decode(), "plain C++")):
+        wrong = [FORMS[form] for form in (WORDS, STRIPES, SCATTERED)
+                 if not torch.equal(native_linear(library, layer, form)[0](x), expected)]
+        if not wrong:
+            return
+        say(f"engine native: {name} gives wrong sums here ({', '.join(wrong)}) and is not used")
+    raise InputError("engine native gives wrong sums on this machine; use another engine")
+
+
+def check_floats(library):
+    """Attention of two sequences, and the layer norm, against torch. InputError if they differ."""
+    heads, size, tile = 2, 8, library.tokens_of_tile()
+    lengths = torch.tensor([tile + 3, 5])
+    tokens, width = int(lengths.sum()), heads * size
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    rows = torch.randn(tokens, 3 * width, generator=torch.Generator().manual_seed(0))
+    tiles, context = to_tiles(rows, tile), torch.empty(to_tiles(rows, tile).shape[0], width, tile)
+    library.attention(2, starts.data_ptr(), starts.data_ptr(), heads, size, tiles.data_ptr(), 3 * width,
+                      tiles.data_ptr(), 3 * width, width, context.data_ptr())
+    expected = torch.cat([F.scaled_dot_product_attention(*part.view(-1, 3, heads, size).permute(1, 2, 0, 3))
+                          .transpose(0, 1).reshape(-1, width) for part in rows.split(lengths.tolist())])
+    gain, bias = rows[0, :width].contiguous(), rows[1, :width].contiguous()
+    normed = torch.empty_like(context)
+    library.layer_norm(tokens, width, context.data_ptr(), None, gain.data_ptr(), bias.data_ptr(), 1e-12,
+                       normed.data_ptr(), None, None)
+    if not (torch.allclose(from_tiles(context, tokens), expected, atol=1e-4) and
+            torch.allclose(from_tiles(normed, tokens), F.layer_norm(expected, (width,), gain, bias, 1e-12), atol=1e-2)):
+        raise InputError("engine native gives wrong attention or layer norms on this machine; use another engine")
+
+
+def to_tiles(rows, tile, features=None):
+    """float32 (tokens, F) -> (ceil(tokens / tile), F, tile), with zeros after the last token, and feature."""
+    tokens, count = rows.shape
+    padded = torch.zeros(-(-tokens // tile), tile, features or count)
+    padded.view(-1, features or count)[:tokens, :count] = rows
+    return padded.transpose(1, 2).contiguous()
+
+
+def from_tiles(tiles, tokens):
+    """The inverse: (tiles, F, tile) -> (tokens, F)."""
+    return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:tokens]
+
+
+def native_weights(library, layers, form=None):
+    """PackedLinears that read the same input -> one Weights, their outputs one after another.
+
+    form: of FORMS by number; the cheapest by COSTS if not given. InputError if the layers round their input
+    differently, or have more than 65,536 inputs.
+    """
+    layer = layers[0]
+    if any((other.input_scale, other.input_zero_point) != (layer.input_scale, layer.input_zero_point)
+           for other in layers):
+        raise InputError("engine native: query, key and value each round their common input in another way")
+    if layer.shape[1] > 2 ** 16:
+        raise InputError(f"engine native takes layers of at most 65536 inputs, not {layer.shape[1]}")
+    weight = torch.cat([quant.unpack(layer) for layer in layers])
+    weight = F.pad(weight, (0, -weight.shape[1] % 4, 0, -weight.shape[0] % 4)).numpy()
+    outputs, inputs = weight.shape
+    alive = weight != 0
+    blocks = [np.count_nonzero(weight.view(np.int32)), (alive.reshape(-1, 4, inputs).any(1).sum(1) + 3) // 4,
+              (alive.sum(1) + 3) // 4]
+    if form is None:
+        form = min(range(3), key=lambda form: COSTS[form] * np.sum(blocks[form]))
+    span = RANGE // 2 if form == WORDS and 8 * blocks[WORDS] > weight.size else RANGE       # dense: from the first cache
+    scale = torch.cat([layer.input_scale * layer.weight_scale for layer in layers])
+    arrays = [*block_arrays(weight, form, span), weight.sum(1, dtype=np.int32),
+              *(F.pad(vector, (0, outputs - len(vector))).numpy() for vector in
+                (scale, torch.cat([layer.bias for layer in layers])))]
+    weights = Weights(outputs, inputs, -(-inputs // span), form, library.portable, *(array.ctypes.data for array in arrays),
+                      float(1.0 / layer.input_scale), int(layer.input_zero_point), 2 ** layer.bits - 1)
+    weights.arrays, weights.nonzero = arrays, int(np.count_nonzero(alive))
+    return weights
+
+
+def block_arrays(weight, form, span):
+    """int8 (outputs, inputs) -> (starts, columns, blocks), int32, uint16, int32, as infer_cpu.cpp has them."""
+    starts, columns, blocks, total = [], [], [], 0
+    for begin in range(0, weight.shape[1], span):
+        part, unit = np.ascontiguousarray(weight[:, begin:begin + span]), 1
+        if form == WORDS:                       # (outputs, inputs / 4): four inputs
+            part, unit = part.view(np.int32), 4
+        elif form == STRIPES:                   # (outputs / 4, inputs): four outputs
+            part = np.ascontiguousarray(part.reshape(len(part) // 4, 4, -1).transpose(0, 2, 1)).view(np.int32)[..., 0]
+        place = np.flatnonzero(part != 0)
+        row, column = np.divmod(place, part.shape[1])
+        values = part.ravel()[place]
+        counts = np.bincount(row, minlength=len(part))
+        if form != WORDS:                       # every row is filled up to a multiple of four with zeros
+            missing = -counts % 4
+            place = np.arange(len(row)) + (np.cumsum(missing) - missing)[row]
+            counts = counts + missing
+            column, values, old = np.zeros((2, counts.sum()), np.int64)[0], np.zeros(counts.sum(), part.dtype), (column, values)
+            column[place], values[place] = old
+            counts = counts // 4
+            if form == STRIPES:                 # four inputs by four outputs -> four outputs by four inputs
+                values = np.ascontiguousarray(values.view(np.int8).reshape(-1, 4, 4).transpose(0, 2, 1))
+        starts.append(total + np.cumsum(counts) - counts)
+        columns.append((column + begin // unit).astype(np.uint16))
+        blocks.append(values.view(np.int32).ravel())
+        total += counts.sum()
+    return np.append(np.concatenate(starts), total).astype(np.int32), np.concatenate(columns), np.concatenate(blocks)
+
+
+def native_linear(library, packed, form=None):
+    """A kernel like those above, by infer_cpu.cpp."""
+    weights, (out, columns) = native_weights(library, [packed], form), packed.shape
+    tile = library.tokens_of_tile()
+
+    def product(x):
+        rows = x.reshape(-1, columns)
+        tiles = to_tiles(rows, tile, weights.inputs)
+        levels = torch.empty(tiles.shape, dtype=torch.uint8)
+        y = torch.empty(len(tiles), weights.outputs, tile)
+        library.set_threads(torch.get_num_threads())
+        library.quantize(len(rows), tiles.data_ptr(), levels.data_ptr(), ctypes.addressof(weights))
+        library.linear(ctypes.addressof(weights), 0, weights.outputs, len(rows), levels.data_ptr(), y.data_ptr(), None, None)
+        return from_tiles(y, len(rows))[:, :out].reshape(*x.shape[:-1], out)
+    return product, sum(array.nbytes for array in weights.arrays)
+
+
+class Weights(ctypes.Structure):
+    """struct Weights of infer_cpu.cpp; `arrays` keeps alive what it points to, `nonzero` counts its weights."""
+    _fields_ = [("outputs", INTEGER), ("inputs", INTEGER), ("chunks", INTEGER), ("form", SMALL), ("portable", SMALL),
+                *((name, POINTER) for name in ("starts", "columns", "blocks", "sums", "scales", "bias")),
+                ("reciprocal", ctypes.c_float), ("zero_point", SMALL), ("highest", SMALL)]
+
+
+class Table(ctypes.Structure):
+    """struct Table of infer_cpu.cpp: an embedding."""
+    _fields_ = [("values", POINTER), ("scales", POINTER), ("plain", POINTER)]
+
+
+class NativeEncoder:
+    """Embeddings and layers by infer_cpu.cpp: the slot `Encoder.kernel`. Several threads may call it at once.
+
+    Called with int64 (B, T) input_ids, attention_mask and token_type_ids it returns hidden states (B, T, H), zeros at
+    padding, which is never computed. A classifier reads only the first token of a row: for one they are (B, 1, H), and
+    the last layer is computed for those tokens alone. InputError for an id that an embedding does not have.
+    """
+
+    def __init__(self, library, model, packed):
+        config, encoder = model.config, model.encoder
+        if config.hidden_size % (4 * config.num_attention_heads) or config.intermediate_size % 4:
+            raise InputError("engine native takes heads and intermediate layers whose sizes are multiples of four")
+        self.library, self.config, self.norm = library, config, encoder.norm
+        self.first_token_only = model.kind == "classification"
+        self.spare = []                                             # buffers that no call is using
+        tables = [table for table in (encoder.word, encoder.position, encoder.token_type) if table is not None]
+        self.embeddings = [(table.values, table.scale) if isinstance(table, quant.Int8Embedding) else (table.weight,)
+                           for table in tables]
+        self.tables = (Table * len(tables))(*(
+            Table(None, None, table[0].data_ptr()) if len(table) == 1 else Table(*(part.data_ptr() for part in table))
+            for table in self.embeddings))
+        self.layers = []
+        for number, layer in enumerate(encoder.layers):
+            groups = [[packed.pop(f"encoder.layers.{number}.{name}") for name in names] for names in
+                      (("query", "key", "value"), ("attention_output",), ("intermediate",), ("output",))]
+            self.layers.append((*(native_weights(library, group) for group in groups),
+                                layer.attention_norm, layer.output_norm))
+
+    def weights(self):
+        """Every Weights of the encoder."""
+        return [weights for layer in self.layers for weights in layer[:4]]
+
+    def __call__(self, input_ids, attention_mask, token_type_ids, times=None):
+        """times: a dict to which the seconds of each part are added."""
+        real = attention_mask.bool()
+        if self.first_token_only and not bool(real[:, 0].all()):
+            raise InputError("a row of the batch begins with padding, and the classifier reads its first token")
+        ids = torch.stack([input_ids[real], real.nonzero()[:, 1], token_type_ids[real]][:len(self.tables)])
+        for (table, *_), column in zip(self.embeddings, ids):
+            if column.numel() and not 0 <= int(column.min()) <= int(column.max()) < len(table):
+                raise InputError(f"the ids of a batch, {int(column.min())} to {int(column.max())}, are not all in an "
+                                 f"embedding of {len(table)} rows")
+        starts = F.pad(real.sum(1).cumsum(0), (1, 0))
+        buffers = self.spare.pop() if self.spare else {}
+        hidden = self.run(ids, starts, buffers, {} if times is None else times)
+        self.spare.append(buffers)
+        if self.first_token_only:
+            return hidden[:, None]
+        padded = torch.zeros(*real.shape, hidden.shape[1])
+        padded[real] = hidden
+        return padded
+
+    def run(self, ids, starts, buffers, times):
+        """int64 ids (tables, tokens), starts (B + 1,) -> float32 (tokens, H); of a classifier (B, H)."""
+        library, hidden, epsilon = self.library, self.config.hidden_size, self.config.layer_norm_eps
+        heads, tile, tokens, rows = self.config.num_attention_heads, library.tokens_of_tile(), ids.shape[1], len(starts) - 1
+        tiles = -(-tokens // tile)
+        sizes = {"x": 4 * hidden, "first": 4 * hidden, "context": 4 * hidden, "y": 12 * hidden, "q": hidden,
+                 "wide": self.config.intermediate_size}             # bytes of a token
+        if len(buffers.get("q", ())) < tiles * tile * hidden:
+            buffers.update((name, torch.empty(tiles * tile * size, dtype=torch.uint8)) for name, size in sizes.items())
+        x, first, context, y, q, wide = (buffers[name].data_ptr() for name in sizes)
+        count, begin = torch.arange(rows + 1), starts.data_ptr()
+
+        def step(part, function, *arguments):
+            times[part] = times.get(part, 0.0) + seconds(partial(function, *arguments))
+
+        def norm(module, summand, residual, result, following):
+            step("layer norm", library.layer_norm, tokens, hidden, summand, residual, module.weight.data_ptr(),
+                 module.bias.data_ptr(), epsilon, result, q, following and ctypes.addressof(following))
+
+        library.set_threads(torch.get_num_threads())
+        step("embeddings", library.embed, len(self.tables), ctypes.addressof(self.tables), ids.data_ptr(), tokens, hidden, x)
+        norm(self.norm, x, None, x, self.layers[0][0])
+        for number, (*weights, attention_norm, output_norm) in enumerate(self.layers):
+            query_key_value, attention_output, intermediate, output = map(ctypes.addressof, weights)
+            last = number == len(self.layers) - 1
+            if last and self.first_token_only:
+                step("query, key, value", library.linear, query_key_value, hidden, 3 * hidden, tokens, q, y, None, None)
+                step("embeddings", library.select_tokens, rows, begin, hidden, x, first)
+                step("quantize", library.quantize, rows, first, q, query_key_value)
+                step("query, key, value", library.linear, query_key_value, 0, hidden, rows, q, context, None, None)
+                step("attention", library.attention, rows, count.data_ptr(), begin, heads, hidden // heads, context,
+                     hidden, y, 2 * hidden, 0, context)
+                x, tokens = first, rows
+            else:
+                step("query, key, value", library.linear, query_key_value, 0, 3 * hidden, tokens, q, y, None, None)
+                step("attention", library.attention, rows, begin, begin, heads, hidden // heads, y, 3 * hidden, y,
+                     3 * hidden, hidden, context)
+            step("quantize", library.quantize, tokens, context, q, attention_output)
+            step("attention output", library.linear, attention_output, 0, hidden, tokens, q, y, None, None)
+            norm(attention_norm, y, x, x, weights[2])
+            step("intermediate", library.linear, intermediate, 0, self.config.intermediate_size, tokens, q, None, wide, output)
+            step("output", library.linear, output, 0, hidden, tokens, wide, y, None, None)
+            norm(output_norm, y, x, x, None if last else self.layers[number + 1][0])
+        result = buffers["first" if self.first_token_only else "x"][:-(-tokens // tile) * tile * hidden * 4]
+        return from_tiles(result.view(torch.float32).view(-1, hidden, tile), tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Engines
 
 @dataclass
 class Engine:
     """A model ready to run. Call it with a batch of int64 tensors (B, T): input_ids, attention_mask, token_type_ids."""
-    name: str                   # fp32, int8 or sparse
+    name: str                   # one of ENGINES
     model: torch.nn.Module
     layout: str                 # how it holds and multiplies its weights
     memory_bytes: int           # all weights as it holds them
@@ -236,7 +594,8 @@ def load(directory, engine="auto", threads=None, say=print):
     if engine == "fp32":
         return load_fp32(directory)
     if (directory / "int8.safetensors").is_file():
-        return load_auto(directory, say) if engine == "auto" else load_integer(directory, engine, say)
+        return (load_auto(directory, say) if engine == "auto" else load_native(directory, say) if engine == "native" else
+                load_integer(directory, engine, say))
     if engine == "auto":
         say(f"engine fp32: {directory} is not quantized (it has no int8.safetensors)")
         return load_fp32(directory)
@@ -286,8 +645,42 @@ def load_integer(directory, name, say=print):
     return Engine(name, model, "; ".join(notes), size, (directory / "int8.safetensors").stat().st_size)
 
 
+def load_native(directory, say=print):
+    """Engine native, from int8.safetensors. InputError where this machine or model cannot have it."""
+    model, packed, metadata = quant.read_int8(directory)
+    library = native_library(int(metadata["activation_bits"]), say)
+    tensors = [*model.parameters(), *model.buffers()]
+    size = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+    model.encoder.kernel = encoder = NativeEncoder(library, model, packed)
+    for name, layer in linears(model):
+        if name in packed:                          # heads: the encoder has taken its own
+            layer.kernel, layer_bytes = native_linear(library, packed[name])
+            size += layer_bytes
+    weights = encoder.weights()
+    counts = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(3))
+    layout = ", ".join(f"{count} layers in {form}" for count, form in counts if count)
+    instructions = "plain C++" if library.portable else library.instructions().decode()
+    size += sum(array.nbytes for each in weights for array in each.arrays)
+    return Engine("native", model, f"{layout} by {instructions}", size, (directory / "int8.safetensors").stat().st_size)
+
+
 def load_auto(directory, say=print):
-    """The faster of int8 and sparse on one row of 128 tokens (or as many as the model has positions)."""
+    """native, if its product of the largest layer is the fastest here; else the faster of int8 and sparse on one row
+    of 128 tokens (or as many as the model has positions)."""
+    try:
+        engine = load_native(directory, say)
+    except InputError as error:
+        say(str(error))
+    else:
+        _, packed, metadata = quant.read_int8(directory)
+        largest = max(packed.values(), key=lambda layer: math.prod(layer.shape))
+        kernels = {"native": partial(native_linear, engine.model.encoder.kernel.library), **DENSE_KERNELS,
+                   **(SPARSE_KERNELS if largest.pattern != "dense" and exact_in_float32(largest) else {})}
+        chosen, note = fastest(kernels, largest)
+        if chosen is kernels["native"]:
+            say(f"engine native: the largest layer is fastest by {note}")
+            return engine
+        say(f"engine native is not used: the largest layer is fastest by {note}")
     dense = load_integer(directory, "int8", say)
     try:
         engines = [dense, load_integer(directory, "sparse", lambda _: None)]
@@ -655,7 +1048,7 @@ def size_report(directory, engine="auto"):
     """Every figure of --size, exact, in bytes. engine fp32 means the plain file, also where there is a packed one."""
     directory = Path(directory)
     config, _ = network.read_config(directory)          # of any architecture: a bare backbone has a size too
-    quantized = engine in ("int8", "sparse") or engine == "auto" and (directory / "int8.safetensors").is_file()
+    quantized = engine in ENGINES[1:] or engine == "auto" and (directory / "int8.safetensors").is_file()
     if quantized:
         entries, shapes = packed_tensors(directory)
         path = directory / "int8.safetensors"

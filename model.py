@@ -133,11 +133,15 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings, layers and, where the model has one, the pooler."""
+    """Embeddings, layers and, where the model has one, the pooler.
+
+    kernel      None, or a function that replaces `forward` at inference; set only by infer_cpu.py.
+    """
 
     def __init__(self, config, pooler=True):
         super().__init__()
         self.config = config
+        self.kernel = None
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
@@ -153,6 +157,8 @@ class Encoder(nn.Module):
             raise InputError(f"a row of {length} tokens is longer than the model's "
                              f"{self.config.max_position_embeddings} positions; give --max-len "
                              f"{self.config.max_position_embeddings} or less")
+        if self.kernel is not None:
+            return self.kernel(input_ids, attention_mask, token_type_ids)
         x = self.word(input_ids) + self.position.weight[:length]
         if self.token_type is not None:
             x = x + self.token_type(token_type_ids)
