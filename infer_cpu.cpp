@@ -294,7 +294,8 @@ template <class M, int N> static void stripes(const Weights &w, int64_t chunk, i
 template <class M, int N> static void part_of_tile(const Weights &w, int64_t first, int64_t last, const uint8_t *q, float *y,
                                                    uint8_t *levels, const Weights *next) {
     Sums sum;
-    std::memset(sum, 0, (last - first) * sizeof(sum[0]));
+    for (int64_t o = first; o < last; o++)
+        for (int v = 0; v < N; v++) sum[o - first][v] = broadcast((M::OFFSET - w.zero_point) * w.sums[o]);
     for (int64_t chunk = 0; chunk < w.chunks; chunk++)
         if (w.form == WORDS) words<M, N>(w, chunk, first, last, q, sum);
         else if (w.form == STRIPES) stripes<M, N>(w, chunk, first, last, q, sum);
@@ -303,8 +304,7 @@ template <class M, int N> static void part_of_tile(const Weights &w, int64_t fir
         ints value[4][4] = {};
         for (int64_t row = 0; row < 4; row++)
             for (int v = 0; v < N; v++) {
-                ints exact = sum[o - first + row][v] - (w.zero_point - M::OFFSET) * w.sums[o + row];
-                floats x = __builtin_convertvector(exact, floats) * w.scales[o + row] + w.bias[o + row];
+                floats x = __builtin_convertvector(sum[o - first + row][v], floats) * w.scales[o + row] + w.bias[o + row];
                 if (y) *(floats *)(y + (o - first + row) * T + v * LANES) = x;
                 else value[row][v] = level(gelu(x), *next);
             }
