@@ -462,8 +462,11 @@ template <int R> static inline void multiply(int64_t depth, const float *rows, i
     floats sum[R][2] = {};
     for (int64_t k = 0; k < depth; k++) {
         const floats *c = (const floats *)(columns + k * QUERIES);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < 2; v++) sum[r][v] += c[v] * rows[r * row_stride + k * step];
+        floats left = c[0], right = c[1];
+        for (int r = 0; r < R; r++) {
+            floats value = broadcast(rows[r * row_stride + k * step]);
+            sum[r][0] += value * left, sum[r][1] += value * right;
+        }
     }
     std::memcpy(out, sum, sizeof(sum));
 }

@@ -16,9 +16,8 @@ Every engine is the network of model.py with functions set into its slots: `Line
     sparse   only the weights that live, in integers too: the same numbers as int8
     native   the same numbers again by infer_cpu.cpp, which a C++ compiler makes for this CPU on first use; padding is
              not computed
-    auto     native, where there is a compiler and its product is the fastest here; else whichever of int8 and sparse is
-             faster for this model (all three run the quantized model; fp32 does not); fp32 for a model that is not
-             quantized
+    auto     the fastest of int8, sparse and (where there is a compiler) native for this model on this machine; fp32 for
+             a model that is not quantized
 
 From Python:
 
@@ -226,7 +225,7 @@ def seconds(function):
 
 WORDS, STRIPES, SCATTERED = range(3)        # which four weights make a block; drawn in infer_cpu.cpp
 FORMS = ("words", "stripes", "scattered")
-COSTS = (1.0, 4.0, 1.5)                     # of a block, of four blocks on one interleaving, of a block on its own one
+COSTS = (1.0, 2.9, 1.4)                     # of a block, of four on one interleaving, of one on its own; by AVX-512
 RANGE = 768                                 # inputs of a tile that are taken together: 48 KB with AVX-512, 24 with AVX2
 POINTER, INTEGER, SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 SIGNATURES = {
@@ -241,16 +240,16 @@ SIGNATURES = {
 
 
 def compiler():
-    """The C++ compiler's command, a list: $CXX, else the first of c++, g++ and clang++. InputError without one."""
+    """The C++ compiler's command, a list: $CXX, else the first of c++, g++ and clang++. NativeError without one."""
     command = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++"))
     if not command or not shutil.which(command[0]):
-        raise InputError(f"engine native needs a C++ compiler, and there is no {' '.join(command)}; install one (Debian: "
-                         f"apt install g++) or name one in CXX")
+        raise NativeError(f"engine native needs a C++ compiler, and there is no {' '.join(command)}; install one "
+                          f"(Debian: apt install g++) or name one in CXX")
     return command
 
 
 def compile_native(path, options):
-    """Compile infer_cpu.cpp to the shared library `path`, which is there whole or not at all. InputError if it fails."""
+    """Compile infer_cpu.cpp to the shared library `path`, whole or not at all. NativeError if that fails."""
     partly = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         subprocess.run([*compiler(), "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *options, "-o", str(partly),
@@ -259,22 +258,22 @@ def compile_native(path, options):
     except (OSError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", "") or str(error)).splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1])
-        raise InputError(f"engine native: {compiler()[0]} cannot compile infer_cpu.cpp: {reason}") from None
+        raise NativeError(f"engine native: {compiler()[0]} cannot compile infer_cpu.cpp: {reason}") from None
     finally:
         partly.unlink(missing_ok=True)
 
 
 def open_native(path):
-    """A compiled infer_cpu.cpp -> the ctypes library. InputError if it cannot be loaded or brings its own threads."""
+    """A compiled infer_cpu.cpp -> the ctypes library. NativeError if it cannot be loaded or brings its own threads."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise InputError(f"engine native: {path} cannot be loaded ({error}); delete it") from None
+        raise NativeError(f"engine native: {path} cannot be loaded ({error}); delete it") from None
     with contextlib.suppress(OSError):                              # Linux tells what is loaded; elsewhere, trust
         pools = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib[gi]?omp[^/]*\.so", line)}
         if len(pools) > 1:
-            raise InputError(f"engine native would run threads beside torch's own, with {' and '.join(sorted(pools))}; "
-                             f"name a compiler in CXX that uses torch's OpenMP library: g++ on Linux")
+            raise NativeError(f"engine native would run threads beside torch's own, with "
+                              f"{' and '.join(sorted(pools))}; name a compiler in CXX that uses torch's: g++ on Linux")
     for name, types in SIGNATURES.items():
         getattr(library, name).argtypes, getattr(library, name).restype = types, None
     library.instructions.restype = ctypes.c_char_p
@@ -294,14 +293,14 @@ def native_library(bits, say):
     """The library for this CPU and activations of so many bits, from the cache or compiled now, and checked.
 
     The cache is prune-once-for-all in $XDG_CACHE_HOME or ~/.cache; a file's name is the hash of all it was made from.
-    Raises InputError, one sentence, where the engine cannot be had; `say` is told what is not as it should be.
+    Raises NativeError, one sentence, where the engine cannot be had; `say` is told what is not as it should be.
     """
     options = ["-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
                f"-DACTIVATION_BITS={bits}"]
     try:
         version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"engine native: the compiler {compiler()[0]} does not run: {error}") from None
+        raise NativeError(f"engine native: the compiler {compiler()[0]} does not run: {error}") from None
     recipe = repr(((HOME / "infer_cpu.cpp").read_text(), compiler(), version, options, processor()))
     name = f"infer_cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune-once-for-all"
@@ -323,7 +322,7 @@ def native_library(bits, say):
 
 def check_sums(library, bits, say):
     """The products in all three forms, on random and extreme levels, against the oracle. Where the instructions for
-    this CPU are wrong, plain C++ takes their place, and `say` is told; InputError if that is wrong too."""
+    this CPU are wrong, plain C++ takes their place, and `say` is told; NativeError if that is wrong too."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (104, 900), generator=generator, dtype=torch.int8)
     weight *= torch.rand(weight.shape, generator=generator) > 0.6
@@ -333,17 +332,17 @@ def check_sums(library, bits, say):
     levels[0], levels[1] = 2 ** bits - 1, 0
     x = (levels - layer.input_zero_point).float()
     expected = quant.integer_forward(x, layer)
-    for library.portable, name in enumerate((library.instructions().decode(), "plain C++")):
+    for library.portable in (0, 1):
         wrong = [FORMS[form] for form in (WORDS, STRIPES, SCATTERED)
                  if not torch.equal(native_linear(library, layer, form)[0](x), expected)]
         if not wrong:
             return
-        say(f"engine native: {name} gives wrong sums here ({', '.join(wrong)}) and is not used")
-    raise InputError("engine native gives wrong sums on this machine; use another engine")
+        say(f"engine native: {instructions(library)} gives wrong sums here ({', '.join(wrong)}) and is not used")
+    raise NativeError("engine native gives wrong sums on this machine; use another engine")
 
 
 def check_floats(library):
-    """Attention of two sequences, and the layer norm, against torch. InputError if they differ."""
+    """Attention of two sequences, and the layer norm, against torch. NativeError if they differ."""
     heads, size, tile = 2, 8, library.tokens_of_tile()
     lengths = torch.tensor([tile + 3, 5])
     tokens, width = int(lengths.sum()), heads * size
@@ -360,7 +359,11 @@ def check_floats(library):
                        normed.data_ptr(), None, None)
     if not (torch.allclose(from_tiles(context, tokens), expected, atol=1e-4) and
             torch.allclose(from_tiles(normed, tokens), F.layer_norm(expected, (width,), gain, bias, 1e-12), atol=1e-2)):
-        raise InputError("engine native gives wrong attention or layer norms on this machine; use another engine")
+        raise NativeError("engine native gives wrong attention or layer norms on this machine; use another engine")
+
+
+def instructions(library):
+    return "plain C++" if library.portable else library.instructions().decode()
 
 
 def to_tiles(rows, tile, features=None):
@@ -379,15 +382,15 @@ def from_tiles(tiles, tokens):
 def native_weights(library, layers, form=None):
     """PackedLinears that read the same input -> one Weights, their outputs one after another.
 
-    form: of FORMS by number; the cheapest by COSTS if not given. InputError if the layers round their input
+    form: of FORMS by number; the cheapest by COSTS if not given. NativeError if the layers round their input
     differently, or have more than 65,536 inputs.
     """
     layer = layers[0]
     if any((other.input_scale, other.input_zero_point) != (layer.input_scale, layer.input_zero_point)
            for other in layers):
-        raise InputError("engine native: query, key and value each round their common input in another way")
+        raise NativeError("engine native: query, key and value each round their common input in another way")
     if layer.shape[1] > 2 ** 16:
-        raise InputError(f"engine native takes layers of at most 65536 inputs, not {layer.shape[1]}")
+        raise NativeError(f"engine native takes layers of at most 65536 inputs, not {layer.shape[1]}")
     weight = torch.cat([quant.unpack(layer) for layer in layers])
     weight = F.pad(weight, (0, -weight.shape[1] % 4, 0, -weight.shape[0] % 4)).numpy()
     outputs, inputs = weight.shape
@@ -396,22 +399,22 @@ def native_weights(library, layers, form=None):
               (alive.sum(1) + 3) // 4]
     if form is None:
         form = min(range(3), key=lambda form: COSTS[form] * np.sum(blocks[form]))
-    span = RANGE // 2 if form == WORDS and 8 * blocks[WORDS] > weight.size else RANGE       # dense: from the first cache
     scale = torch.cat([layer.input_scale * layer.weight_scale for layer in layers])
-    arrays = [*block_arrays(weight, form, span), weight.sum(1, dtype=np.int32),
+    arrays = [*block_arrays(weight, form), weight.sum(1, dtype=np.int32),
               *(F.pad(vector, (0, outputs - len(vector))).numpy() for vector in
                 (scale, torch.cat([layer.bias for layer in layers])))]
-    weights = Weights(outputs, inputs, -(-inputs // span), form, library.portable, *(array.ctypes.data for array in arrays),
-                      float(1.0 / layer.input_scale), int(layer.input_zero_point), 2 ** layer.bits - 1)
-    weights.arrays, weights.nonzero = arrays, int(np.count_nonzero(alive))
+    weights = Weights(outputs, inputs, -(-inputs // RANGE), form, library.portable,
+                      *(array.ctypes.data for array in arrays), float(1.0 / layer.input_scale),
+                      int(layer.input_zero_point), 2 ** layer.bits - 1)
+    weights.arrays, weights.nonzero = arrays, alive.sum(1)
     return weights
 
 
-def block_arrays(weight, form, span):
+def block_arrays(weight, form):
     """int8 (outputs, inputs) -> (starts, columns, blocks), int32, uint16, int32, as infer_cpu.cpp has them."""
     starts, columns, blocks, total = [], [], [], 0
-    for begin in range(0, weight.shape[1], span):
-        part, unit = np.ascontiguousarray(weight[:, begin:begin + span]), 1
+    for begin in range(0, weight.shape[1], RANGE):
+        part, unit = np.ascontiguousarray(weight[:, begin:begin + RANGE]), 1
         if form == WORDS:                       # (outputs, inputs / 4): four inputs
             part, unit = part.view(np.int32), 4
         elif form == STRIPES:                   # (outputs / 4, inputs): four outputs
@@ -424,9 +427,9 @@ def block_arrays(weight, form, span):
             missing = -counts % 4
             place = np.arange(len(row)) + (np.cumsum(missing) - missing)[row]
             counts = counts + missing
-            column, values, old = np.zeros((2, counts.sum()), np.int64)[0], np.zeros(counts.sum(), part.dtype), (column, values)
-            column[place], values[place] = old
-            counts = counts // 4
+            filled = np.zeros(counts.sum(), np.int64), np.zeros(counts.sum(), part.dtype)
+            filled[0][place], filled[1][place] = column, values
+            (column, values), counts = filled, counts // 4
             if form == STRIPES:                 # four inputs by four outputs -> four outputs by four inputs
                 values = np.ascontiguousarray(values.view(np.int8).reshape(-1, 4, 4).transpose(0, 2, 1))
         starts.append(total + np.cumsum(counts) - counts)
@@ -448,13 +451,18 @@ def native_linear(library, packed, form=None):
         y = torch.empty(len(tiles), weights.outputs, tile)
         library.set_threads(torch.get_num_threads())
         library.quantize(len(rows), tiles.data_ptr(), levels.data_ptr(), ctypes.addressof(weights))
-        library.linear(ctypes.addressof(weights), 0, weights.outputs, len(rows), levels.data_ptr(), y.data_ptr(), None, None)
+        library.linear(ctypes.addressof(weights), 0, weights.outputs, len(rows), levels.data_ptr(), y.data_ptr(), None,
+                       None)
         return from_tiles(y, len(rows))[:, :out].reshape(*x.shape[:-1], out)
     return product, sum(array.nbytes for array in weights.arrays)
 
 
+class NativeError(InputError):
+    """Why there is no engine native for this model on this machine."""
+
+
 class Weights(ctypes.Structure):
-    """struct Weights of infer_cpu.cpp; `arrays` keeps alive what it points to, `nonzero` counts its weights."""
+    """struct Weights of infer_cpu.cpp. `arrays` keeps alive what it points to; `nonzero`: weights of each output."""
     _fields_ = [("outputs", INTEGER), ("inputs", INTEGER), ("chunks", INTEGER), ("form", SMALL), ("portable", SMALL),
                 *((name, POINTER) for name in ("starts", "columns", "blocks", "sums", "scales", "bias")),
                 ("reciprocal", ctypes.c_float), ("zero_point", SMALL), ("highest", SMALL)]
@@ -476,7 +484,7 @@ class NativeEncoder:
     def __init__(self, library, model, packed):
         config, encoder = model.config, model.encoder
         if config.hidden_size % (4 * config.num_attention_heads) or config.intermediate_size % 4:
-            raise InputError("engine native takes heads and intermediate layers whose sizes are multiples of four")
+            raise NativeError("engine native takes heads and intermediate layers whose sizes are multiples of four")
         self.library, self.config, self.norm = library, config, encoder.norm
         self.first_token_only = model.kind == "classification"
         self.spare = []                                             # buffers that no call is using
@@ -519,11 +527,11 @@ class NativeEncoder:
 
     def run(self, ids, starts, buffers, times):
         """int64 ids (tables, tokens), starts (B + 1,) -> float32 (tokens, H); of a classifier (B, H)."""
-        library, hidden, epsilon = self.library, self.config.hidden_size, self.config.layer_norm_eps
-        heads, tile, tokens, rows = self.config.num_attention_heads, library.tokens_of_tile(), ids.shape[1], len(starts) - 1
-        tiles = -(-tokens // tile)
+        library, hidden, inner = self.library, self.config.hidden_size, self.config.intermediate_size
+        heads, tile, (_, tokens) = self.config.num_attention_heads, library.tokens_of_tile(), ids.shape
+        rows, tiles = len(starts) - 1, max(1, -(-tokens // tile))
         sizes = {"x": 4 * hidden, "first": 4 * hidden, "context": 4 * hidden, "y": 12 * hidden, "q": hidden,
-                 "wide": self.config.intermediate_size}             # bytes of a token
+                 "wide": inner}                                     # bytes of a token
         if len(buffers.get("q", ())) < tiles * tile * hidden:
             buffers.update((name, torch.empty(tiles * tile * size, dtype=torch.uint8)) for name, size in sizes.items())
         x, first, context, y, q, wide = (buffers[name].data_ptr() for name in sizes)
@@ -534,10 +542,10 @@ class NativeEncoder:
 
         def norm(module, summand, residual, result, following):
             step("layer norm", library.layer_norm, tokens, hidden, summand, residual, module.weight.data_ptr(),
-                 module.bias.data_ptr(), epsilon, result, q, following and ctypes.addressof(following))
+                 module.bias.data_ptr(), module.eps, result, q, following and ctypes.addressof(following))
 
         library.set_threads(torch.get_num_threads())
-        step("embeddings", library.embed, len(self.tables), ctypes.addressof(self.tables), ids.data_ptr(), tokens, hidden, x)
+        step("embeddings", library.embed, len(ids), ctypes.addressof(self.tables), ids.data_ptr(), tokens, hidden, x)
         norm(self.norm, x, None, x, self.layers[0][0])
         for number, (*weights, attention_norm, output_norm) in enumerate(self.layers):
             query_key_value, attention_output, intermediate, output = map(ctypes.addressof, weights)
@@ -557,11 +565,11 @@ class NativeEncoder:
             step("quantize", library.quantize, tokens, context, q, attention_output)
             step("attention output", library.linear, attention_output, 0, hidden, tokens, q, y, None, None)
             norm(attention_norm, y, x, x, weights[2])
-            step("intermediate", library.linear, intermediate, 0, self.config.intermediate_size, tokens, q, None, wide, output)
+            step("intermediate", library.linear, intermediate, 0, inner, tokens, q, None, wide, output)
             step("output", library.linear, output, 0, hidden, tokens, wide, y, None, None)
             norm(output_norm, y, x, x, None if last else self.layers[number + 1][0])
         result = buffers["first" if self.first_token_only else "x"][:-(-tokens // tile) * tile * hidden * 4]
-        return from_tiles(result.view(torch.float32).view(-1, hidden, tile), tokens)
+        return from_tiles(result.view(torch.float32).view(-1, hidden, tile), tokens).contiguous()      # never a view
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,7 +577,8 @@ class NativeEncoder:
 
 @dataclass
 class Engine:
-    """A model ready to run. Call it with a batch of int64 tensors (B, T): input_ids, attention_mask, token_type_ids."""
+    """A model ready to run: call it with a batch, or let it answer texts."""
+    directory: Path
     name: str                   # one of ENGINES
     model: torch.nn.Module
     layout: str                 # how it holds and multiplies its weights
@@ -577,9 +586,33 @@ class Engine:
     disk_bytes: int             # the file they came from
 
     def __call__(self, batch):
-        """Logits (B, C), or the pair of start and end logits, each (B, T); float32."""
+        """Int64 (B, T) input_ids, attention_mask and token_type_ids -> float32 logits (B, C), or the pair of start and
+        end logits, each (B, T)."""
         with torch.inference_mode():
             return self.model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+
+    def answer(self, texts, pairs=(), contexts=(), max_len=None):
+        """[(label, probability)] of texts, or of pairs of texts; [(span, score)] of questions and their contexts, the
+        score being the sum of start and end logit.
+
+        texts, pairs, contexts: lists of str, the second or third one as long as the first or empty. max_len: tokens of
+        a row, as trained by default. Raises InputError for a length the model does not have, or no tokenizer.
+        """
+        encoder = encoder_for(self.directory, self.model.kind, max_len)
+        results = []
+        if self.model.kind == "span":
+            for question, context in zip(texts, contexts, strict=True):
+                rows = encoder.encode_question(question, context)
+                start, end = self(encoder.collate(rows))
+                text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
+                results.append((text, score))
+            return results
+        rows = encoder.encode(list(texts), list(pairs) or None)
+        for begin in range(0, len(rows), 32):
+            probabilities = self(encoder.collate(rows[begin:begin + 32])).softmax(1)
+            names = label_names(self.directory, probabilities.shape[1])
+            results += [(names[int(row.argmax())], float(row.max())) for row in probabilities]
+        return results
 
 
 def load(directory, engine="auto", threads=None, say=print):
@@ -594,8 +627,10 @@ def load(directory, engine="auto", threads=None, say=print):
     if engine == "fp32":
         return load_fp32(directory)
     if (directory / "int8.safetensors").is_file():
-        return (load_auto(directory, say) if engine == "auto" else load_native(directory, say) if engine == "native" else
-                load_integer(directory, engine, say))
+        if engine == "native":
+            model, packed, metadata = quant.read_int8(directory)
+            return native_engine(directory, model, packed, native_library(int(metadata["activation_bits"]), say))
+        return load_auto(directory, say) if engine == "auto" else load_integer(directory, engine, say)
     if engine == "auto":
         say(f"engine fp32: {directory} is not quantized (it has no int8.safetensors)")
         return load_fp32(directory)
@@ -613,7 +648,8 @@ def load_fp32(directory):
         layer.kernel = partial(F.linear, weight=layer.weight, bias=layer.bias)
     size = sum(parameter.nbytes for parameter in model.parameters())
     path = next(path for name in network.WEIGHT_FILES if (path := directory / name).is_file())
-    return Engine("fp32", model, "dense float32", size, sum(file.stat().st_size for file in weight_files(path)))
+    disk = sum(file.stat().st_size for file in weight_files(path))
+    return Engine(directory, "fp32", model, "dense float32", size, disk)
 
 
 def weight_files(path):
@@ -642,55 +678,54 @@ def load_integer(directory, name, say=print):
     for layer_name, layer in linears(model):
         layer.kernel, layer_bytes = chosen[kinds[layer_name]](packed[layer_name])
         size += layer_bytes
-    return Engine(name, model, "; ".join(notes), size, (directory / "int8.safetensors").stat().st_size)
+    return Engine(directory, name, model, "; ".join(notes), size, (directory / "int8.safetensors").stat().st_size)
 
 
-def load_native(directory, say=print):
-    """Engine native, from int8.safetensors. InputError where this machine or model cannot have it."""
-    model, packed, metadata = quant.read_int8(directory)
-    library = native_library(int(metadata["activation_bits"]), say)
+def native_engine(directory, model, packed, library):
+    """Engine native of what quant.read_int8 returns. InputError if the model has sizes that it does not take."""
     tensors = [*model.parameters(), *model.buffers()]
     size = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
     model.encoder.kernel = encoder = NativeEncoder(library, model, packed)
     for name, layer in linears(model):
-        if name in packed:                          # heads: the encoder has taken its own
+        if name in packed:                          # the heads: the encoder has taken its own
             layer.kernel, layer_bytes = native_linear(library, packed[name])
             size += layer_bytes
     weights = encoder.weights()
     counts = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(3))
-    layout = ", ".join(f"{count} layers in {form}" for count, form in counts if count)
-    instructions = "plain C++" if library.portable else library.instructions().decode()
+    layout = ", ".join(f"{count} products in {form}" for count, form in counts if count)
     size += sum(array.nbytes for each in weights for array in each.arrays)
-    return Engine("native", model, f"{layout} by {instructions}", size, (directory / "int8.safetensors").stat().st_size)
+    return Engine(directory, "native", model, f"{layout} by {instructions(library)}", size,
+                  (directory / "int8.safetensors").stat().st_size)
 
 
 def load_auto(directory, say=print):
-    """native, if its product of the largest layer is the fastest here; else the faster of int8 and sparse on one row
-    of 128 tokens (or as many as the model has positions)."""
+    """The fastest of native, sparse and int8 on one row of 128 tokens (or as many as the model has positions).
+
+    Where native takes less than the products of torch's engines alone would, these are not even loaded.
+    """
+    model, packed, metadata = quant.read_int8(directory)
+    batch, engines, tokens = random_batch(model.config, 1, 128), [], min(128, model.config.max_position_embeddings)
+    sizes = {name: math.prod(layer.shape) for name, layer in packed.items()}
+    largest = packed[max(sizes, key=sizes.get)]
     try:
-        engine = load_native(directory, say)
-    except InputError as error:
-        say(str(error))
-    else:
-        _, packed, metadata = quant.read_int8(directory)
-        largest = max(packed.values(), key=lambda layer: math.prod(layer.shape))
-        kernels = {"native": partial(native_linear, engine.model.encoder.kernel.library), **DENSE_KERNELS,
-                   **(SPARSE_KERNELS if largest.pattern != "dense" and exact_in_float32(largest) else {})}
-        chosen, note = fastest(kernels, largest)
-        if chosen is kernels["native"]:
-            say(f"engine native: the largest layer is fastest by {note}")
-            return engine
-        say(f"engine native is not used: the largest layer is fastest by {note}")
-    dense = load_integer(directory, "int8", say)
-    try:
-        engines = [dense, load_integer(directory, "sparse", lambda _: None)]
-    except InputError as error:
-        say(f"engine int8: {error}")
-        return dense
-    batch = random_batch(dense.model.config, 1, 128)
+        engines.append(native_engine(directory, model, packed, native_library(int(metadata["activation_bits"]), say)))
+        sparse = largest.pattern != "dense" and exact_in_float32(largest)
+        kernel, note = fastest({**DENSE_KERNELS, **(SPARSE_KERNELS if sparse else {})}, largest)
+        product = partial(kernel(largest)[0], torch.randn(tokens, largest.shape[1]))
+        products = min(seconds(product) for _ in range(5)) * sum(sizes.values()) / max(sizes.values())
+        whole = measure(engines, batch, least=5, budget=1.0)["native"]
+        if whole < products:
+            say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where the products alone take "
+                f"{1e3 * products:.1f} ms by the best of torch's, {note}")
+            return engines[0]
+    except NativeError as error:
+        say(f"{error}; the engines of torch take over")
+    engines.append(load_integer(directory, "int8", say))
+    with contextlib.suppress(InputError):                           # a dense model has no engine sparse
+        engines.append(load_integer(directory, "sparse", lambda _: None))
     times = measure(engines, batch, least=5, budget=1.0)
     best = min(engines, key=lambda engine: times[engine.name])
-    say(f"engine {best.name}: the faster one here on a row of {batch['input_ids'].shape[1]} tokens, "
+    say(f"engine {best.name}: the fastest one here on a row of {tokens} tokens, "
         + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in times.items()))
     return best
 
@@ -751,28 +786,6 @@ def label_names(directory, count):
     return [str(names.get(str(number), number)) if isinstance(names, dict) else str(number) for number in range(count)]
 
 
-def answer_texts(engine, directory, texts, pairs=(), contexts=(), max_len=None):
-    """[(label, probability)] of texts or pairs of texts; of questions and their contexts [(span, score)], the score
-    being the sum of start and end logit."""
-    kind = engine.model.kind
-    encoder = encoder_for(directory, kind, max_len)
-    if kind == "span":
-        results = []
-        for question, context in zip(texts, contexts):
-            rows = encoder.encode_question(question, context)
-            start, end = engine(encoder.collate(rows))
-            text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
-            results.append((text, score))
-        return results
-    rows = encoder.encode(list(texts), list(pairs) or None)
-    results = []
-    for row in rows:                                        # one by one: no padding
-        probabilities = engine(encoder.collate([row]))[0].softmax(0)
-        names = label_names(directory, len(probabilities))
-        results.append((names[int(probabilities.argmax())], float(probabilities.max())))
-    return results
-
-
 def check_texts(settings, kind, task):
     """InputError unless --text-pair or --context go with --text as this model wants them."""
     texts, pairs, contexts = len(settings.text), len(settings.text_pair), len(settings.context)
@@ -797,7 +810,7 @@ def run_text(settings):
     check_texts(settings, kind, compression_of(settings.model).get("task"))
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     contexts = settings.context * (len(settings.text) if len(settings.context) == 1 else 1)
-    results = answer_texts(engine, settings.model, settings.text, settings.text_pair, contexts, settings.max_len)
+    results = engine.answer(settings.text, settings.text_pair, contexts, settings.max_len)
     for text, (answer, value) in zip(settings.text, results):
         print(f"{answer}\t{value:.4f}\t{text}")
     return {"engine": engine.name, "answers": [{"text": text, "answer": answer,
@@ -818,7 +831,7 @@ def fake_quant_model(directory):
                          f"has no activation_bits and weight_scales; run python train.py --stage quantize first")
     model = network.load(directory, kind).eval()
     quant.prepare(model, bits, scales)
-    return Engine("fake-quant", model, "", 0, 0)
+    return Engine(directory, "fake-quant", model, "", 0, 0)
 
 
 def recorded(engine, logits):
@@ -910,7 +923,8 @@ def write_random(directory, preset, sparsity, pattern, plain=True):
 def machine():
     """One line: processor, cores, threads in use, torch."""
     exact = "7-bit activations only" if quant.saturates() else "8-bit activations"
-    return f"{network.processor_name()}, {exact} are exact, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (f"{network.processor_name()}, {exact} are exact, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}")
 
 
 def run_benchmark(settings):
@@ -954,12 +968,60 @@ def benchmark(settings, directory):
             print(f"{engine.name:<10}{row['ms']:>12.2f}  {row['sequences_per_second']:>11.1f}  {ratio:>6}  "
                   f"{row['disk_mb']:>7.1f}  {row['memory_mb']:>9.1f}")
         print("\n".join(verdicts(times)))
+        if engines[-1].name == "native":
+            report["rows"][-1]["parts"] = where_time_goes(engines[-1], random_batch(config, batch_size, length))
     print()
     for engine in engines:
         print(f"{engine.name}: {engine.layout}")
     for name, reason in unavailable.items():
         print(f"{name} is not available: {reason}")
     return report
+
+
+def where_time_goes(engine, batch):
+    """Prints the parts of engine native: {part: (ms, share, G operations/s, the same by the kernel at its best)}.
+
+    Operations are a multiplication and an addition per weight that lives and token (in attention: float32, per pair of
+    tokens and feature). At its best, a kernel finds its activations in the first cache: see `ceiling`.
+    """
+    encoder, whole, rounds = engine.model.encoder.kernel, [], []
+    for _ in range(15):
+        whole.append(seconds(partial(engine, batch)))
+        rounds.append({})
+        encoder(**batch, times=rounds[-1])
+    layers, tokens, rows = encoder.layers, int(batch["attention_mask"].sum()), len(batch["attention_mask"])
+    operations = {name: sum(2 * int(layer[index].nonzero.sum()) for layer in layers) * tokens for index, name in
+                  enumerate(("query, key, value", "attention output", "intermediate", "output"))}
+    if encoder.first_token_only:                        # of the last layer, all but keys and values for those alone
+        query, *others = layers[-1][:4]
+        skipped = [query.nonzero[:encoder.config.hidden_size], *(weights.nonzero for weights in others)]
+        for name, nonzero in zip(operations, skipped):
+            operations[name] -= 2 * int(nonzero.sum()) * (tokens - rows)
+    times = {part: statistics.median(each[part] for each in rounds) for part in rounds[0]}
+    times["heads, Python"] = max(statistics.median(whole) - sum(times.values()), 0.0)
+    parts, ceilings = {}, {form: ceiling(encoder.library, form) for form in {each.form for each in encoder.weights()}}
+    print("native, part              ms   share  G operations/s  at best")
+    for part, value in times.items():
+        rate = operations.get(part, 0) / value / 1e9
+        index = list(operations).index(part) if part in operations else None
+        best = ceilings[layers[0][index].form] if rate else 0.0
+        parts[part] = (1e3 * value, value / sum(times.values()), rate, best)
+        print(f"{part:<20}{1e3 * value:>8.2f}  {value / sum(times.values()):>5.1%}"
+              + (f"  {rate:>14.0f}  {best:>7.0f}" if rate else ""))
+    return parts
+
+
+def ceiling(library, form):
+    """G operations/s of a kernel of engine native on a dense layer of 256 -> 96, whose tiles fit the first cache."""
+    rows, columns, tokens = 96, 256, 16 * library.tokens_of_tile()
+    weight = torch.randint(1, 128, (rows, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    weights = native_weights(library, [quant.PackedLinear(
+        (rows, columns), weight, None, torch.ones(rows), torch.zeros(rows), torch.tensor(1.0),
+        torch.tensor(0, dtype=torch.int32), 7)], form)
+    levels, y = torch.zeros(tokens * columns, dtype=torch.uint8), torch.empty(tokens * rows)
+    call = partial(library.linear, ctypes.addressof(weights), 0, rows, tokens, levels.data_ptr(), y.data_ptr(), None,
+                   None)
+    return 2 * rows * columns * tokens / min(seconds(call) for _ in range(200)) / 1e9
 
 
 def verdicts(times):
