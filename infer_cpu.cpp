@@ -1,28 +1,29 @@
-// Sparse INT8 BERT on a CPU: the functions behind the engine `native` of infer_cpu.py, which compiles this file on first
-// use and calls it through a plain C interface. OpenMP threads, torch's own.
+// Sparse INT8 BERT on a CPU: the functions behind the engine `native` of infer_cpu.py, which compiles this file on
+// first use and calls it through a plain C interface. OpenMP threads, torch's own.
 //
-// Activations lie in tiles of T tokens, tokens innermost, T being the bytes of a vector register (64 with AVX-512, 32 with
-// AVX2, 16 elsewhere). So every loop over tokens is a vector loop, and no sum is ever taken across a vector. A buffer of n
-// tokens and F features is ceil(n / T) tiles, each of them
+// Activations lie in tiles of T tokens, tokens innermost, T being the bytes of a vector register (64 with AVX-512, 32
+// with AVX2, 16 elsewhere). So every loop over tokens is a vector loop, and no sum is ever taken across a vector. A
+// buffer of n tokens and F features is ceil(n / T) tiles, each of them
 //
 //     float   x[F][T]             one row per feature: four vectors
 //     words   q[F / 4][T][4]      uint8 levels; four consecutive features of one token are one 32-bit word
-//     rows    q[F][T]             uint8 levels; one vector per feature, its tokens in the order `interleave` undoes
+//     rows    q[F][T]             uint8 levels; a vector per feature, its tokens in the order that `interleave` undoes
 //
 //         words, T = 4:    token 0   token 1   token 2   token 3
-//         features 0-3    |0 1 2 3| |0 1 2 3| |0 1 2 3| |0 1 2 3|      <- a load; then one `dot` instruction multiplies
-//         features 4-7    |4 5 6 7| |4 5 6 7| |4 5 6 7| |4 5 6 7|         it by a weight block and adds to T int32 sums
+//         features 0-3    |0 1 2 3| |0 1 2 3| |0 1 2 3| |0 1 2 3|    <- one load; then one `dot` multiplies it by a
+//         features 4-7    |4 5 6 7| |4 5 6 7| |4 5 6 7| |4 5 6 7|       weight block and adds to a sum per token
 //
 // A weight block is four int8 in a 32-bit word. Which four, infer_cpu.py chooses for every layer, by what costs least:
 //
-//     WORDS      four consecutive inputs of one output (1x4 blocks, and what is dense): a block meets a row of `words`
-//     STRIPES    four inputs of four consecutive outputs (4x1 blocks): four `rows` are interleaved into words once, and
-//                meet four blocks, one per output
+//     WORDS      four consecutive inputs of one output (1x4 blocks): a block meets a row of `words`
+//     STRIPES    four inputs of four consecutive outputs (4x1 blocks, 4x4 blocks, dense layers): four `rows` are
+//                interleaved into words once, and meet four blocks, one per output
 //     SCATTERED  any four inputs of one output (unstructured): four `rows` are interleaved for that output alone
 //
 // The bound. A CPU that loads and multiplies one vector a cycle (AMD Zen 4: 64 bytes) takes, for a block and T tokens,
 // four loads and half a cycle for the broadcast of the block: 4.5 cycles for 4 T multiplications and additions, 114
-// operations a cycle with T = 64. SCATTERED adds eight shuffles, of which such a CPU does one or more a cycle.
+// operations a cycle with T = 64. STRIPES loads a quarter of that and is bound by its multiplications, 128 operations a
+// cycle. SCATTERED adds eight shuffles to four multiplications: some 70.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -147,7 +148,8 @@ struct Machine {
     }
 #endif
     static inline void interleave(const bytes *const q[4], ints x[4]) {
-        uint8x16x2_t ab = vzipq_u8((uint8x16_t)*q[0], (uint8x16_t)*q[1]), cd = vzipq_u8((uint8x16_t)*q[2], (uint8x16_t)*q[3]);
+        uint8x16x2_t ab = vzipq_u8((uint8x16_t)*q[0], (uint8x16_t)*q[1]);
+        uint8x16x2_t cd = vzipq_u8((uint8x16_t)*q[2], (uint8x16_t)*q[3]);
         for (int half = 0; half < 2; half++) {
             uint16x8x2_t words = vzipq_u16((uint16x8_t)ab.val[half], (uint16x8_t)cd.val[half]);
             x[2 * half] = (ints)words.val[0], x[2 * half + 1] = (ints)words.val[1];
@@ -175,10 +177,10 @@ static const char *const NAME = "plain C++";
 enum Form { WORDS, STRIPES, SCATTERED };
 
 struct Weights {
-    int64_t outputs, inputs, chunks;    // the inputs are taken in `chunks` ranges, so that one range of a tile stays in cache
+    int64_t outputs, inputs, chunks;    // the inputs are taken in `chunks` ranges: one range of a tile stays in cache
     int32_t form, portable;             // portable: use the plain C++
-    const int32_t *starts;              // (chunks * rows + 1,): first block of a row in a range; a row is an output, or for
-                                        // STRIPES four outputs, whose blocks come in fours
+    const int32_t *starts;              // (chunks * rows + 1,): first block of a row in a range; a row is an output, or
+                                        // for STRIPES four outputs, whose blocks come in fours
     const uint16_t *columns;            // WORDS: input / 4 of each block; SCATTERED: the four inputs of each block;
                                         // STRIPES: the four inputs of each four blocks
     const int32_t *blocks;              // four int8 each
@@ -187,8 +189,6 @@ struct Weights {
     float reciprocal;                   // 1 / scale of the input
     int32_t zero_point, highest;        // of the input's levels
 };
-
-static inline bool wants_words(const Weights &w) { return w.form == WORDS; }
 
 // Nearest level, half to even: adding 1.5 * 2^23 leaves no bits for the fraction.
 static inline ints level(floats x, const Weights &next) {
@@ -199,10 +199,11 @@ static inline ints level(floats x, const Weights &next) {
 }
 
 // Four features of a tile, from `feature` on, into the layout that the layer `next` reads.
-template <class M> static inline void store_levels(uint8_t *q, int64_t feature, const ints value[4][4], const Weights &next) {
+template <class M>
+static inline void store_levels(uint8_t *q, int64_t feature, const ints value[4][4], const Weights &next) {
     bytes row[4];
     for (int i = 0; i < 4; i++) row[i] = M::narrow(value[i]);
-    if (wants_words(next)) {
+    if (next.form == WORDS) {
         const bytes *const four[4] = {row, row + 1, row + 2, row + 3};
         M::interleave(four, (ints *)(q + feature * T));
     } else
@@ -221,14 +222,16 @@ static inline floats exp2(floats x) {
     const floats magic = broadcast(12582912.0f);
     x = most(x, broadcast(-126.0f));
     floats whole = (x + magic) - magic, f = x - whole, p = broadcast(1.54035304e-4f);
-    for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) p = p * f + c;
+    for (float k : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+        p = p * f + k;
     return (floats)((ints)p + (__builtin_convertvector(whole, ints) << 23));
 }
 
 // x Phi(x). Phi(c) - 1/2 is c times a polynomial in c^2, which interpolates it at Chebyshev's points of |c| <= 5.
 // Absolute error 2e-6, and 3e-7 |x| beyond 5.
 static inline floats gelu(floats x) {
-    floats c = least(most(x, broadcast(-5.0f)), broadcast(5.0f)), s = c * c * 0.08f - 1.0f, p = broadcast(7.05952991e-4f);
+    floats c = least(most(x, broadcast(-5.0f)), broadcast(5.0f)), s = c * c * 0.08f - 1.0f;
+    floats p = broadcast(7.05952991e-4f);
     for (float k : {-1.67403098e-3f, 1.46263157e-3f, -2.53432234e-3f, 6.66780895e-3f, -1.12997434e-2f, 1.62870702e-2f,
                     -2.32163442e-2f, 3.14648720e-2f, -4.04507113e-2f, 5.15189416e-2f, -7.02959372e-2f, 1.41363805e-1f})
         p = p * s + k;
@@ -242,7 +245,8 @@ static inline floats gelu(floats x) {
 constexpr int PART = 96;
 typedef ints Sums[PART][4];
 
-template <class M, int N> static void words(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
+template <class M, int N>
+static void words(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
     const int32_t *starts = w.starts + chunk * w.outputs;
     for (int64_t o = first; o < last; o++) {
         ints s[N];
@@ -261,7 +265,8 @@ template <class M> static inline void interleaved(const uint16_t *columns, const
     M::interleave(row, x);
 }
 
-template <class M, int N> static void scattered(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
+template <class M, int N>
+static void scattered(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
     const int32_t *starts = w.starts + chunk * w.outputs;
     for (int64_t o = first; o < last; o++) {
         ints s[N], x[4];
@@ -274,7 +279,8 @@ template <class M, int N> static void scattered(const Weights &w, int64_t chunk,
     }
 }
 
-template <class M, int N> static void stripes(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
+template <class M, int N>
+static void stripes(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
     const int32_t *starts = w.starts + chunk * w.outputs / 4;
     for (int64_t o = first; o < last; o += 4) {
         ints s[4][N], x[4];
@@ -291,8 +297,9 @@ template <class M, int N> static void stripes(const Weights &w, int64_t chunk, i
 }
 
 // The outputs first to last of one tile: sums, scale, bias; then float32, or GELU and the levels of the next layer.
-template <class M, int N> static void part_of_tile(const Weights &w, int64_t first, int64_t last, const uint8_t *q, float *y,
-                                                   uint8_t *levels, const Weights *next) {
+template <class M, int N>
+static void part_of_tile(const Weights &w, int64_t first, int64_t last, const uint8_t *q, float *y, uint8_t *levels,
+                         const Weights *next) {
     Sums sum;
     for (int64_t o = first; o < last; o++)
         for (int v = 0; v < N; v++) sum[o - first][v] = broadcast((M::OFFSET - w.zero_point) * w.sums[o]);
@@ -304,7 +311,8 @@ template <class M, int N> static void part_of_tile(const Weights &w, int64_t fir
         ints value[4][4] = {};
         for (int64_t row = 0; row < 4; row++)
             for (int v = 0; v < N; v++) {
-                floats x = __builtin_convertvector(sum[o - first + row][v], floats) * w.scales[o + row] + w.bias[o + row];
+                floats x = __builtin_convertvector(sum[o - first + row][v], floats);
+                x = x * w.scales[o + row] + w.bias[o + row];
                 if (y) *(floats *)(y + (o - first + row) * T + v * LANES) = x;
                 else value[row][v] = level(gelu(x), *next);
             }
@@ -312,8 +320,11 @@ template <class M, int N> static void part_of_tile(const Weights &w, int64_t fir
     }
 }
 
-template <class M> static void linear_on(const Weights &w, int64_t begin, int64_t end, int64_t tokens, const uint8_t *q, float *y,
-                                         uint8_t *levels, const Weights *next) {
+template <class M>
+static void linear_on(const Weights &w, int64_t begin, int64_t end, int64_t tokens, const uint8_t *q, float *y,
+                      uint8_t *levels, const Weights *next) {
+    auto *of_tile = part_of_tile<M, 4>;
+    decltype(of_tile) of_part[] = {part_of_tile<M, 1>, part_of_tile<M, 2>, part_of_tile<M, 3>, of_tile};
     int64_t parts = (end - begin + PART - 1) / PART;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
@@ -322,39 +333,34 @@ template <class M> static void linear_on(const Weights &w, int64_t begin, int64_
             const uint8_t *x = q + tile * w.inputs * T;
             float *out = y ? y + (tile * (end - begin) + part * PART) * T : nullptr;
             uint8_t *after = y ? nullptr : levels + tile * w.outputs * T;
-            switch (used_vectors(tokens, tile)) {
-                case 1: part_of_tile<M, 1>(w, first, last, x, out, after, next); break;
-                case 2: part_of_tile<M, 2>(w, first, last, x, out, after, next); break;
-                case 3: part_of_tile<M, 3>(w, first, last, x, out, after, next); break;
-                default: part_of_tile<M, 4>(w, first, last, x, out, after, next);
-            }
+            of_part[used_vectors(tokens, tile) - 1](w, first, last, x, out, after, next);
         }
 }
 
-// y: float tiles of end - begin features, the outputs from begin to end (multiples of four). Or, with y null, all outputs
-// through GELU into `levels`, as the layer `next` reads them.
+// y: float tiles of end - begin features, the outputs from begin to end (multiples of four). Or, with y null, all
+// outputs through GELU into `levels`, as the layer `next` reads them.
 extern "C" void linear(const Weights *w, int64_t begin, int64_t end, int64_t tokens, const uint8_t *q, float *y,
                        uint8_t *levels, const Weights *next) {
-    if (w->portable) linear_on<Portable>(*w, begin, end, tokens, q, y, levels, next);
-    else linear_on<Machine>(*w, begin, end, tokens, q, y, levels, next);
+    auto *on = w->portable ? linear_on<Portable> : linear_on<Machine>;
+    on(*w, begin, end, tokens, q, y, levels, next);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Between the linear layers
 
-struct Table { const int8_t *values; const float *scales; const float *plain; };     // int8 rows, or plain float32 ones
-
-static inline float entry(const Table &table, int64_t row, int64_t feature, int64_t features) {
-    return table.plain ? table.plain[row * features + feature] : table.values[row * features + feature] * table.scales[row];
-}
+struct Table { const int8_t *values; const float *scales, *plain; };        // int8 rows, or plain float32 ones
 
 // y, float tiles: the sum of `count` embeddings, table i at rows[i * tokens + token].
-extern "C" void embed(int64_t count, const Table *tables, const int64_t *rows, int64_t tokens, int64_t features, float *y) {
+extern "C" void embed(int64_t count, const Table *tables, const int64_t *rows, int64_t tokens, int64_t features,
+                      float *y) {
 #pragma omp parallel for
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t f = 0; f < features; f++) {
             float sum = 0.0f;
-            for (int64_t i = 0; i < count; i++) sum += entry(tables[i], rows[i * tokens + token], f, features);
+            for (int64_t i = 0; i < count; i++) {
+                int64_t row = rows[i * tokens + token], at = row * features + f;
+                sum += tables[i].plain ? tables[i].plain[at] : tables[i].values[at] * tables[i].scales[row];
+            }
             y[(token / T * features + f) * T + token % T] = sum;
         }
 }
@@ -374,12 +380,13 @@ template <class M> static void quantize_on(int64_t tokens, const float *x, uint8
 
 // Float tiles -> the levels that `next` reads.
 extern "C" void quantize(int64_t tokens, const float *x, uint8_t *q, const Weights *next) {
-    if (next->portable) quantize_on<Portable>(tokens, x, q, *next);
-    else quantize_on<Machine>(tokens, x, q, *next);
+    auto *on = next->portable ? quantize_on<Portable> : quantize_on<Machine>;
+    on(tokens, x, q, *next);
 }
 
-template <class M, int N> static void layer_norm_of_tile(int64_t features, const float *x, const float *residual, const float *gain,
-                                                         const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+template <class M, int N>
+static void layer_norm_of_tile(int64_t features, const float *x, const float *residual, const float *gain,
+                               const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
     floats sum[N] = {}, squares[N] = {}, rate[N];
     for (int64_t f = 0; f < features; f++)
         for (int v = 0; v < N; v++) {
@@ -409,18 +416,17 @@ template <class M, int N> static void layer_norm_of_tile(int64_t features, const
     }
 }
 
-template <class M> static void layer_norm_on(int64_t tokens, int64_t features, const float *x, const float *residual, const float *gain,
-                                             const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+template <class M>
+static void layer_norm_on(int64_t tokens, int64_t features, const float *x, const float *residual, const float *gain,
+                          const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+    auto *of_tile = layer_norm_of_tile<M, 4>;
+    decltype(of_tile) of_part[] = {layer_norm_of_tile<M, 1>, layer_norm_of_tile<M, 2>, layer_norm_of_tile<M, 3>,
+                                   of_tile};
 #pragma omp parallel for
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
         int64_t at = tile * features * T;
-        const float *other = residual ? residual + at : nullptr;
-        switch (used_vectors(tokens, tile)) {
-            case 1: layer_norm_of_tile<M, 1>(features, x + at, other, gain, bias, epsilon, y + at, q + at, next); break;
-            case 2: layer_norm_of_tile<M, 2>(features, x + at, other, gain, bias, epsilon, y + at, q + at, next); break;
-            case 3: layer_norm_of_tile<M, 3>(features, x + at, other, gain, bias, epsilon, y + at, q + at, next); break;
-            default: layer_norm_of_tile<M, 4>(features, x + at, other, gain, bias, epsilon, y + at, q + at, next);
-        }
+        of_part[used_vectors(tokens, tile) - 1](features, x + at, residual ? residual + at : nullptr, gain, bias,
+                                                epsilon, y + at, q + at, next);
     }
 }
 
@@ -428,8 +434,8 @@ template <class M> static void layer_norm_on(int64_t tokens, int64_t features, c
 // null. residual may be null, y may be x. features: a multiple of four.
 extern "C" void layer_norm(int64_t tokens, int64_t features, const float *x, const float *residual, const float *gain,
                            const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
-    if (next && next->portable) layer_norm_on<Portable>(tokens, features, x, residual, gain, bias, epsilon, y, q, next);
-    else layer_norm_on<Machine>(tokens, features, x, residual, gain, bias, epsilon, y, q, next);
+    auto *on = next && next->portable ? layer_norm_on<Portable> : layer_norm_on<Machine>;
+    on(tokens, features, x, residual, gain, bias, epsilon, y, q, next);
 }
 
 // y: float tiles of the `count` tokens of x at `places`.
@@ -445,9 +451,11 @@ extern "C" void select_tokens(int64_t count, const int64_t *places, int64_t feat
 constexpr int QUERIES = 2 * LANES;      // taken together: two vectors
 struct alignas(T) Line { float x[LANES]; };
 
-// One head of `count` tokens, from token `begin` on, between tiles and x[D][stride]. `first`: the head's first feature.
-template <class Copy> static inline void each_run(int64_t features, int64_t begin, int64_t count, int64_t first, int64_t D,
-                                                  int64_t stride, Copy copy) {
+// The runs of floats that one head of `count` tokens, from token `begin` on, has in tiles, and in x[D][stride]:
+// copy(place in the tiles, place in x, bytes). `first`: the head's first feature.
+template <class Copy>
+static inline void each_run(int64_t features, int64_t begin, int64_t count, int64_t first, int64_t D, int64_t stride,
+                            Copy copy) {
     for (int64_t d = 0; d < D; d++)
         for (int64_t t = 0; t < count;) {
             int64_t token = begin + t, run = std::min(count - t, T - token % T);
@@ -456,9 +464,10 @@ template <class Copy> static inline void each_run(int64_t features, int64_t begi
         }
 }
 
-// out[r] = the sum over k of row(r)[k] columns[k], for R rows; columns[k] are QUERIES floats
-template <int R> static inline void multiply(int64_t depth, const float *rows, int64_t row_stride, int64_t step, const float *columns,
-                                             floats out[R][2]) {
+// out[r] = the sum over k of row r at k times columns[k], which are QUERIES floats; R rows, entries `step` apart
+template <int R>
+static inline void multiply(int64_t depth, const float *rows, int64_t row_stride, int64_t step, const float *columns,
+                            floats out[R][2]) {
     floats sum[R][2] = {};
     for (int64_t k = 0; k < depth; k++) {
         const floats *c = (const floats *)(columns + k * QUERIES);
@@ -471,9 +480,10 @@ template <int R> static inline void multiply(int64_t depth, const float *rows, i
     std::memcpy(out, sum, sizeof(sum));
 }
 
-// QUERIES queries of one head: query[D][QUERIES] (already divided by sqrt(D) ln 2), key and value [D][padded], of which n
-// are real; score is a scratch of [padded][QUERIES]. The result replaces the query.
-static void attend(int64_t n, int64_t padded, int64_t D, float *query, const float *key, const float *value, float *score) {
+// QUERIES queries of one head: query[D][QUERIES] (already divided by sqrt(D) ln 2), key and value [D][padded], of
+// which n are real; score is a scratch of [padded][QUERIES]. The result replaces the query.
+static void attend(int64_t n, int64_t padded, int64_t D, float *query, const float *key, const float *value,
+                   float *score) {
     floats top[2] = {broadcast(-1e30f), broadcast(-1e30f)}, total[2] = {}, out[4][2];
     for (int64_t j = 0; j < n; j += 4) {            // rows beyond n are computed and not used
         multiply<4>(D, key + j, 1, padded, query, out);
@@ -495,32 +505,39 @@ static void attend(int64_t n, int64_t padded, int64_t D, float *query, const flo
     }
 }
 
-// context: float tiles of heads * D features, for the tokens of `query_starts`. Sequence s has the queries query_starts[s]
-// to query_starts[s + 1] of the buffer `query`, and the keys and values starts[s] to starts[s + 1] of `key_value`. These
-// are float tiles of query_features and key_value_features features, keys from feature `key_first` on, values after them.
-extern "C" void attention(int64_t sequences, const int64_t *query_starts, const int64_t *starts, int64_t heads, int64_t D,
-                          const float *query, int64_t query_features, const float *key_value, int64_t key_value_features,
-                          int64_t key_first, float *context) {
+// context: float tiles of heads * D features, for the tokens of `query_starts`. Sequence s has the queries
+// query_starts[s] to query_starts[s + 1] of the buffer `query`, and the keys and values starts[s] to starts[s + 1] of
+// `key_value`. These are float tiles of query_features and key_value_features features; keys begin at feature
+// `key_first`, values follow them. context may be query.
+extern "C" void attention(int64_t sequences, const int64_t *query_starts, const int64_t *starts, int64_t heads,
+                          int64_t D, const float *query, int64_t query_features, const float *key_value,
+                          int64_t key_value_features, int64_t key_first, float *context) {
+    float scale = 1.44269504f / std::sqrt((float)D);
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t s = 0; s < sequences; s++)
         for (int64_t head = 0; head < heads; head++) {
             int64_t n = starts[s + 1] - starts[s], padded = (n + QUERIES - 1) / QUERIES * QUERIES;
             thread_local std::vector<Line> scratch;                 // grows to the longest sequence, and is kept
-            int64_t needed = (2 * D * padded + D * QUERIES + padded * QUERIES) / LANES;
-            if ((int64_t)scratch.size() < needed) scratch.resize(needed);
-            float *key = (float *)scratch.data(), *value = key + D * padded, *some = value + D * padded, *score = some + D * QUERIES;
+            size_t needed = (2 * D * padded + D * QUERIES + padded * QUERIES) / LANES;
+            if (scratch.size() < needed) scratch.resize(needed);
+            float *key = (float *)scratch.data(), *value = key + D * padded, *some = value + D * padded;
+            float *score = some + D * QUERIES, *const key_or_value[] = {key, value};
             for (int part = 0; part < 2; part++)
                 each_run(key_value_features, starts[s], n, key_first + (part * heads + head) * D, D, padded,
-                         [&](int64_t from, int64_t to, size_t size) { std::memcpy((part ? value : key) + to, key_value + from, size); });
+                         [=](int64_t tile, int64_t own, size_t size) {
+                             std::memcpy(key_or_value[part] + own, key_value + tile, size);
+                         });
             for (int64_t begin = query_starts[s]; begin < query_starts[s + 1]; begin += QUERIES) {
                 int64_t count = std::min<int64_t>(QUERIES, query_starts[s + 1] - begin);
                 std::memset(some, 0, D * QUERIES * sizeof(float));
                 each_run(query_features, begin, count, head * D, D, QUERIES,
-                         [&](int64_t from, int64_t to, size_t size) { std::memcpy(some + to, query + from, size); });
-                for (int64_t i = 0; i < D * QUERIES / LANES; i++) ((floats *)some)[i] *= 1.44269504f / std::sqrt((float)D);
+                         [=](int64_t tile, int64_t own, size_t size) { std::memcpy(some + own, query + tile, size); });
+                for (int64_t i = 0; i < D * QUERIES; i++) some[i] *= scale;
                 attend(n, padded, D, some, key, value, score);
                 each_run(heads * D, begin, count, head * D, D, QUERIES,
-                         [&](int64_t to, int64_t from, size_t size) { std::memcpy(context + to, some + from, size); });
+                         [=](int64_t tile, int64_t own, size_t size) {
+                             std::memcpy(context + tile, some + own, size);
+                         });
             }
         }
 }

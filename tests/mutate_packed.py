@@ -4,7 +4,7 @@
 
 Under AddressSanitizer, which sees every wrong read of infer_cpu.cpp:
 
-    export XDG_CACHE_HOME=/tmp/asan CXX="g++ -fsanitize=address -g" ASAN_OPTIONS=detect_leaks=0
+    export XDG_CACHE_HOME=/tmp/asan CXX="env -u LD_PRELOAD g++ -fsanitize=address" ASAN_OPTIONS=detect_leaks=0
     LD_PRELOAD=$(g++ -print-file-name=libasan.so) python tests/mutate_packed.py --count 10000
 """
 import argparse
@@ -63,7 +63,8 @@ def damaged(data, config, chance):
     if kind == "length":
         return struct.pack("<Q", chance.choice((0, 1, length - 1, length + 1, 2 ** 31, 2 ** 63))) + data[8:], config
     if kind == "config":
-        config[chance.choice([name for name in config if isinstance(config[name], (int, float))])] = chance.choice(NUMBERS)
+        numbers = [name for name, value in config.items() if isinstance(value, (int, float))]
+        config[chance.choice(numbers)] = chance.choice(NUMBERS)
         return data, config
     names = [name for name in header if name != "__metadata__"]
     name = chance.choice(names)
