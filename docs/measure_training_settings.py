@@ -5,7 +5,9 @@
     python docs/measure_training_settings.py --preset bert-large --rows 1 --length 512 --only bf16 --steps 2
 
 The prune stage with its teacher, all positions distilled, through the loop of train.py itself; random weights, and text
-of random word pieces, which cost what words cost. Every setting has a process of its own. The first step is not timed.
+of random word pieces, which cost what words cost. All start from the same weights and read the same text, so that their
+losses differ by rounding; smaller micro-batches draw other word pieces. Every setting has a process of its own. The
+first step is not timed.
 """
 import argparse
 import csv
@@ -51,7 +53,7 @@ class RandomRows:
 
 
 def measure(preset, rows, length, steps, setting):
-    """One setting in this process: {tokens_per_second, estimated_gb, peak_gb}."""
+    """One setting in this process: {tokens_per_second, estimated_gb, peak_gb, loss of the last step}."""
     train.keep_freed_memory()
     changes = dict(SETTINGS[setting])
     if "micro_batch" in changes:
@@ -62,6 +64,7 @@ def measure(preset, rows, length, steps, setting):
     config = network.PRESETS[preset]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        torch.manual_seed(0)
         network.save(network.build(config, "pretraining"), folder)
         student, teacher = (network.load(folder, "pretraining") for _ in range(2))
         teacher.eval().requires_grad_(False)
@@ -69,10 +72,11 @@ def measure(preset, rows, length, steps, setting):
         estimate = train.estimate_memory(s, student, teacher)
         train.train(s, student, teacher, RandomRows(config, length), {}, train.Log(folder, 0), folder, None)
         with open(folder / "log.csv") as file:
-            speeds = [float(row["tokens_per_second"]) for row in csv.DictReader(file)]
+            log = list(csv.DictReader(file))
+    speeds = [float(row["tokens_per_second"]) for row in log]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"tokens_per_second": max(speeds[1:], default=speeds[0]), "estimated_gb": estimate / 1e9,
-            "peak_gb": peak / 1e9}
+            "peak_gb": peak / 1e9, "loss": float(log[-1]["loss"])}
 
 
 def main():
@@ -89,7 +93,7 @@ def main():
         return
     print(f"{arguments.preset}, {arguments.rows} x {arguments.length}, {train.cores()} cores, "
           f"{network.processor_name()}, torch {torch.__version__}")
-    print(f"{'':<32}{'tokens/s':>10}{'peak GB':>10}{'foretold':>10}{'error':>8}")
+    print(f"{'':<32}{'tokens/s':>10}{'peak GB':>10}{'foretold':>10}{'error':>8}{'loss':>10}")
     for setting in [arguments.only] if arguments.only else SETTINGS:
         if setting.startswith("bf16") and not train.has_bf16("cpu"):
             continue
@@ -100,7 +104,7 @@ def main():
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"{setting:<32}{found['tokens_per_second']:>10,.0f}{found['peak_gb']:>10.2f}"
               f"{found['estimated_gb']:>10.2f}"
-              f"{found['estimated_gb'] / found['peak_gb'] - 1:>8.0%}", flush=True)
+              f"{found['estimated_gb'] / found['peak_gb'] - 1:>8.0%}{found['loss']:>10.4f}", flush=True)
 
 
 if __name__ == "__main__":
