@@ -539,7 +539,7 @@ class Log:
             first, *rows = self.table.read_text(errors="replace").splitlines() or [""]
             kept = [row for row in rows if row.count(",") == first.count(",") and row.split(",")[0].isdigit()
                     and int(row.split(",")[0]) <= begin_step]
-            network.write_file(self.table, "".join(line + "\n" for line in (first, *kept)))
+            network.write_file(self.table, "".join(line + "\n" for line in (first, *kept) if line))
             self.header = bool(first)
         else:
             network.write_file(self.table, "")
@@ -656,7 +656,9 @@ def run_stage(s):
     log.say(f"  {network.count_parameters(model):,} parameters, {s.steps:,} steps of {s.batch_size} rows, "
             f"{len(data):,} rows an epoch; starts from {init or 'random weights'}, "
             f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
-    seconds = train(s, model.to(s.device), teacher, data, inputs, log, out, state)
+    memory = estimate_memory(s, model.to(s.device), teacher)
+    log.say(f"  will take about {memory / 1e9:.2f} GB of memory at its peak" + " in each process" * (processes() > 1))
+    seconds = train(s, model, teacher, data, inputs, log, out, state)
     if dist.is_initialized():
         dist.destroy_process_group()                      # the rest is for one
     if log.directory:
@@ -755,12 +757,15 @@ def prepare_layers(s, model):
 
 
 def ramp_of(s):
-    """The settings' shares of the run as optimizer steps, or None where the stage does not prune."""
+    """The settings' shares of the run as optimizer steps, or None where the stage does not prune. InputError if the run
+    ends before the ramp does."""
     if s.mask != "gradual":
         return None
     every = max(1, round(s.update_every * s.steps))
     # The last update falls on a multiple of `every` at or after the ramp's end, so that the target is always reached.
     end = math.ceil(s.ramp_end * s.steps / every) * every
+    if end >= s.steps:
+        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {end}; give more --steps")
     return prune.Ramp(s.sparsity, 0, end, max(end, math.floor(s.update_end * s.steps)), every)
 
 
@@ -826,10 +831,6 @@ def train(s, model, teacher, data, inputs, log, out, state):
     of (seed, step), so a resumed run ends with the same bits. Returns seconds spent training, earlier sessions
     included."""
     ramp, pattern, warmup = ramp_of(s), prune.parse_pattern(s.pattern), round(s.warmup * s.steps)
-    if ramp and ramp.end >= s.steps:
-        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {ramp.end}; give more "
-                         f"--steps")
-    log.say(f"  training will take about {estimate_memory(s, model, teacher) / 1e9:.2f} GB of memory at its peak")
     optimizer = make_optimizer(s, model)
     first, earlier = restore(model, optimizer, state) if state else (0, 0.0)
     autocast = torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
@@ -886,7 +887,6 @@ def train(s, model, teacher, data, inputs, log, out, state):
                 save_checkpoint(s, inputs, out, model, optimizer, done, earlier + time.monotonic() - started)
                 saved = time.monotonic()
             if stop:
-                bar.close()
                 log.say(f"stopped after step {done} of {s.steps}; go on with the same command and --resume")
                 sys.exit(130)
     return earlier + time.monotonic() - started

@@ -24,11 +24,12 @@ from conftest import DIRECTORIES, commands, exit_code, make_world, start  # noqa
 WEIGHTS = ("model.safetensors", "compression.safetensors", "int8.safetensors")
 
 
-def finish(arguments):
+def finish(arguments, scratch):
     """Run to the end."""
-    code = exit_code(start(arguments))
+    printed = Path(scratch) / "printed.txt"
+    code = exit_code(start(arguments, printed))
     if code:
-        raise RuntimeError(f"train.py {' '.join(arguments)} failed with code {code}")
+        raise RuntimeError(f"train.py {' '.join(arguments)} failed with code {code}: {printed.read_text()[-2000:]}")
 
 
 def kill(arguments, directory, steps, generator, while_writing):
@@ -73,7 +74,7 @@ def torture(stage, chain, world, kills, seed, steps, scratch):
                 break
             hits[what] = hits.get(what, 0) + 1
             done += 1
-        finish(arguments)
+        finish(arguments, scratch)
         for name in WEIGHTS:
             one, other = directory / name, chain / DIRECTORIES[stage] / name
             if one.exists() != other.exists() or one.exists() and one.read_bytes() != other.read_bytes():
@@ -95,7 +96,7 @@ def main():
         world, chain = Path(scratch) / "world", Path(scratch) / "chain"
         make_world(world)
         for command in commands(world, chain, arguments.steps).values():
-            finish(command)
+            finish(command, scratch)
         for stage in [arguments.stage] if arguments.stage else DIRECTORIES:
             hits = torture(stage, chain, world, arguments.kills, arguments.seed, arguments.steps, scratch)
             print(f"{stage:<9} {arguments.kills} kills, the same bits after every resume; hit: "

@@ -64,6 +64,16 @@ def test_newest_whole_checkpoint_is_taken(world, chain, tmp_path, capsys):
         assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(1, 13)]
 
 
+def test_log_of_a_resumed_run(tmp_path):
+    """Rows after the checkpoint and half rows go, the header is written once, also where the first session had none."""
+    table = tmp_path / "log.csv"
+    for before, after in (("", ["step,loss", "7,0.5"]), ("step,loss\n2,1.5\n4,1.25\n6,1\n8", ["step,loss", "2,1.5",
+                                                                                               "4,1.25", "7,0.5"])):
+        table.write_text(before)
+        train.Log(tmp_path, 5).row({"step": 7, "loss": 0.5})
+        assert table.read_text().splitlines() == after
+
+
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A checkpoint with one bit changed is refused, or (where the bit means nothing) read as it was."""
     settings, model = train.Settings(), torch.nn.Linear(40, 30)
