@@ -222,7 +222,8 @@ def test_finished_runs_are_not_overwritten(world, chain, capsys):
 # The loop
 
 def test_accumulation_trains_the_same_model(world, chain, tmp_path):
-    """8 rows at once and 4 micro-batches of 2 end within float rounding of each other (dropout off)."""
+    """8 rows at once and 4 micro-batches of 2 end within float rounding of each other (dropout off). Not so the biases
+    of the keys: softmax does not feel them, their gradient is rounding alone, and Adam steps as far on that."""
     ends = []
     for micro in (8, 2):
         out = tmp_path / str(micro)
@@ -231,7 +232,7 @@ def test_accumulation_trains_the_same_model(world, chain, tmp_path):
                     "--update-every", "0.25"])
         ends.append(network.read_safetensors(out / "prune-1x4-0.85" / "model.safetensors")[0])
     for name in ends[0]:
-        assert torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
+        assert name.endswith("key.bias") or torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
 
 
 def test_activation_checkpointing_trains_the_same_bits(world, chain, tmp_path):
