@@ -9,22 +9,37 @@
     python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
     python infer_cpu.py --size --random bert-large --sparsity 0.9                     the same without training
 
-Every engine is the network of model.py with a function set into each `Linear.kernel`; attention, layer norms, softmax
-and GELU are the same float32 for all.
+Every engine is the network of model.py with functions set into its slots: `Linear.kernel`, or for native
+`Encoder.kernel`. Attention, layer norms, softmax and GELU are float32 for all.
 
     fp32     dense float32 weights, zeros included
     int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
     sparse   only the weights that live, in integers too: the same numbers as int8
-    auto     whichever of int8 and sparse is faster for this model on this machine (they run the quantized model;
-             fp32 does not); fp32 for a model that is not quantized
+    native   the same numbers again by infer_cpu.cpp, which a C++ compiler makes for this CPU on first use; padding is
+             not computed
+    auto     the fastest of int8, sparse and (where there is a compiler) native for this model on this machine; fp32 for
+             a model that is not quantized
 
-From Python: engine = load(directory); logits = engine(dict(input_ids=..., attention_mask=..., token_type_ids=...))
+From Python:
+
+    engine = load("out/tiny/sst2/int8-1x4-0.8")
+    engine.answer(["a warm and funny film", "dull"])                [(label, probability), ...]; or (span, score) with
+                                                                    contexts=[...], one per question
+    engine(dict(input_ids=..., attention_mask=..., token_type_ids=...))         logits
 """
 import argparse
+import contextlib
+import ctypes
+import hashlib
 import json
 import math
+import os
+import platform
 import re
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +49,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -49,7 +65,7 @@ from model import InputError, linears
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*are deprecated")
 
-ENGINES = ("fp32", "int8", "sparse")
+ENGINES = ("fp32", "int8", "sparse", "native")
 TILE = 32               # tokens per CSR product: a tile of 3072 inputs (384 KB) stays in the second-level cache
 HOME = Path(__file__).resolve().parent
 
@@ -135,8 +151,6 @@ def qnnpack(packed):
     return product, 2 * packed.values.numel() + 4 * (out + 1) + 8 * out
 
 
-# The compiled kernel of an engine `native` (infer_cpu.cpp, through ctypes) will stand here.
-
 DENSE_KERNELS = {"oneDNN": onednn, "FBGEMM": fbgemm}
 SPARSE_KERNELS = {"CSR": csr, "1x4 blocks": qnnpack}
 
@@ -208,21 +222,398 @@ def seconds(function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Engine native: infer_cpu.cpp, compiled and called through ctypes
+
+WORDS, STRIPES, SCATTERED = range(3)        # which four weights make a block; drawn in infer_cpu.cpp
+FORMS = ("words", "stripes", "scattered")
+COSTS = (1.0, 2.9, 1.4)                     # of a block, of four on one interleaving, of one on its own; by AVX-512
+RANGE = 768                                 # inputs of a tile that are taken together: 48 KB with AVX-512, 24 with AVX2
+POINTER, INTEGER, SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+SIGNATURES = {
+    "linear": [POINTER, INTEGER, INTEGER, INTEGER, POINTER, POINTER, POINTER, POINTER],
+    "embed": [INTEGER, POINTER, POINTER, INTEGER, INTEGER, POINTER],
+    "quantize": [INTEGER, POINTER, POINTER, POINTER],
+    "layer_norm": [INTEGER, INTEGER, POINTER, POINTER, POINTER, POINTER, ctypes.c_float, POINTER, POINTER, POINTER],
+    "select_tokens": [INTEGER, POINTER, INTEGER, POINTER, POINTER],
+    "attention": [INTEGER, POINTER, POINTER, INTEGER, INTEGER, POINTER, INTEGER, POINTER, INTEGER, INTEGER, POINTER],
+    "set_threads": [SMALL],
+}
+
+
+def compiler():
+    """The C++ compiler's command, a list: $CXX, else the first of c++, g++ and clang++. NativeError without one."""
+    command = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++"))
+    if not command or not shutil.which(command[0]):
+        raise NativeError(f"engine native needs a C++ compiler, and there is no {' '.join(command)}; install one "
+                          f"(Debian: apt install g++) or name one in CXX")
+    return command
+
+
+def compile_native(path, options):
+    """Compile infer_cpu.cpp to the shared library `path`, whole or not at all. NativeError if that fails."""
+    partly = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        subprocess.run([*compiler(), "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *options, "-o", str(partly),
+                        str(HOME / "infer_cpu.cpp")], check=True, capture_output=True, text=True, timeout=600)
+        os.replace(partly, path)
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", "") or str(error)).splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise NativeError(f"engine native: {compiler()[0]} cannot compile infer_cpu.cpp: {reason}") from None
+    finally:
+        partly.unlink(missing_ok=True)
+
+
+def open_native(path):
+    """A compiled infer_cpu.cpp -> the ctypes library. NativeError if it cannot be loaded or brings its own threads."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"engine native: {path} cannot be loaded ({error}); delete it") from None
+    with contextlib.suppress(OSError):                              # Linux tells what is loaded; elsewhere, trust
+        pools = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib[gi]?omp[^/]*\.so", line)}
+        if len(pools) > 1:
+            raise NativeError(f"engine native would run threads beside torch's own, with "
+                              f"{' and '.join(sorted(pools))}; name a compiler in CXX that uses torch's: g++ on Linux")
+    for name, types in SIGNATURES.items():
+        getattr(library, name).argtypes, getattr(library, name).restype = types, None
+    library.instructions.restype = ctypes.c_char_p
+    library.portable = 0                                            # 1: use the plain C++ in it
+    return library
+
+
+def processor():
+    """What the compiler's `native` stands for on this machine, as far as Linux tells it."""
+    with contextlib.suppress(OSError):
+        return sorted({line for line in open("/proc/cpuinfo")
+                       if line.startswith(("model name", "flags", "Features", "CPU implementer", "CPU part"))})
+    return [network.processor_name()]
+
+
+def native_library(bits, say):
+    """The library for this CPU and activations of so many bits, from the cache or compiled now, and checked.
+
+    The cache is prune-once-for-all in $XDG_CACHE_HOME or ~/.cache; a file's name is the hash of all it was made from.
+    Raises NativeError, one sentence, where the engine cannot be had; `say` is told what is not as it should be.
+    """
+    options = ["-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
+               f"-DACTIVATION_BITS={bits}"]
+    try:
+        version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeError(f"engine native: the compiler {compiler()[0]} does not run: {error}") from None
+    recipe = repr(((HOME / "infer_cpu.cpp").read_text(), compiler(), version, options, processor()))
+    name = f"infer_cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune-once-for-all"
+    with tempfile.TemporaryDirectory(prefix="infer_cpu-") as temporary:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / name).is_file():
+                tempfile.TemporaryFile(dir=folder).close()          # may we write there?
+        except OSError as error:
+            say(f"engine native is compiled anew each time, for its cache {folder} cannot be used: {error.strerror}")
+            folder = Path(temporary)
+        if not (folder / name).is_file():
+            compile_native(folder / name, options)
+        library = open_native(folder / name)
+    check_sums(library, bits, say)
+    check_floats(library)
+    return library
+
+
+def check_sums(library, bits, say):
+    """The products in all three forms, on random and extreme levels, against the oracle. Where the instructions for
+    this CPU are wrong, plain C++ takes their place, and `say` is told; NativeError if that is wrong too."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (104, 900), generator=generator, dtype=torch.int8)
+    weight *= torch.rand(weight.shape, generator=generator) > 0.6
+    layer = quant.PackedLinear((104, 900), weight, None, torch.ones(104), torch.zeros(104), torch.tensor(1.0),
+                               torch.tensor(2 ** bits // 3, dtype=torch.int32), bits)
+    levels = torch.randint(0, 2 ** bits, (2 * library.tokens_of_tile() + 5, 900), generator=generator)
+    levels[0], levels[1] = 2 ** bits - 1, 0
+    x = (levels - layer.input_zero_point).float()
+    expected = quant.integer_forward(x, layer)
+    for library.portable in (0, 1):
+        wrong = [FORMS[form] for form in (WORDS, STRIPES, SCATTERED)
+                 if not torch.equal(native_linear(library, layer, form)[0](x), expected)]
+        if not wrong:
+            return
+        say(f"engine native: {instructions(library)} gives wrong sums here ({', '.join(wrong)}) and is not used")
+    raise NativeError("engine native gives wrong sums on this machine; use another engine")
+
+
+def check_floats(library):
+    """Attention of two sequences, and the layer norm, against torch. NativeError if they differ."""
+    heads, size, tile = 2, 8, library.tokens_of_tile()
+    lengths = torch.tensor([tile + 3, 5])
+    tokens, width = int(lengths.sum()), heads * size
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    rows = torch.randn(tokens, 3 * width, generator=torch.Generator().manual_seed(0))
+    tiles, context = to_tiles(rows, tile), torch.empty(to_tiles(rows, tile).shape[0], width, tile)
+    library.attention(2, starts.data_ptr(), starts.data_ptr(), heads, size, tiles.data_ptr(), 3 * width,
+                      tiles.data_ptr(), 3 * width, width, context.data_ptr())
+    expected = torch.cat([F.scaled_dot_product_attention(*part.view(-1, 3, heads, size).permute(1, 2, 0, 3))
+                          .transpose(0, 1).reshape(-1, width) for part in rows.split(lengths.tolist())])
+    gain, bias = rows[0, :width].contiguous(), rows[1, :width].contiguous()
+    normed = torch.empty_like(context)
+    library.layer_norm(tokens, width, context.data_ptr(), None, gain.data_ptr(), bias.data_ptr(), 1e-12,
+                       normed.data_ptr(), None, None)
+    if not (torch.allclose(from_tiles(context, tokens), expected, atol=1e-4) and
+            torch.allclose(from_tiles(normed, tokens), F.layer_norm(expected, (width,), gain, bias, 1e-12), atol=1e-2)):
+        raise NativeError("engine native gives wrong attention or layer norms on this machine; use another engine")
+
+
+def instructions(library):
+    return "plain C++" if library.portable else library.instructions().decode()
+
+
+def to_tiles(rows, tile, features=None):
+    """float32 (tokens, F) -> (ceil(tokens / tile), F, tile), with zeros after the last token, and feature."""
+    tokens, count = rows.shape
+    padded = torch.zeros(-(-tokens // tile), tile, features or count)
+    padded.view(-1, features or count)[:tokens, :count] = rows
+    return padded.transpose(1, 2).contiguous()
+
+
+def from_tiles(tiles, tokens):
+    """The inverse: (tiles, F, tile) -> (tokens, F)."""
+    return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:tokens]
+
+
+def native_weights(library, layers, form=None):
+    """PackedLinears that read the same input -> one Weights, their outputs one after another.
+
+    form: of FORMS by number; the cheapest by COSTS if not given. NativeError if the layers round their input
+    differently, or have more than 65,536 inputs.
+    """
+    layer = layers[0]
+    if any((other.input_scale, other.input_zero_point) != (layer.input_scale, layer.input_zero_point)
+           for other in layers):
+        raise NativeError("engine native: query, key and value each round their common input in another way")
+    if layer.shape[1] > 2 ** 16:
+        raise NativeError(f"engine native takes layers of at most 65536 inputs, not {layer.shape[1]}")
+    weight = torch.cat([quant.unpack(layer) for layer in layers])
+    weight = F.pad(weight, (0, -weight.shape[1] % 4, 0, -weight.shape[0] % 4)).numpy()
+    outputs, inputs = weight.shape
+    alive = weight != 0
+    blocks = [np.count_nonzero(weight.view(np.int32)), (alive.reshape(-1, 4, inputs).any(1).sum(1) + 3) // 4,
+              (alive.sum(1) + 3) // 4]
+    if form is None:
+        form = min(range(3), key=lambda form: COSTS[form] * np.sum(blocks[form]))
+    scale = torch.cat([layer.input_scale * layer.weight_scale for layer in layers])
+    arrays = [*block_arrays(weight, form), weight.sum(1, dtype=np.int32),
+              *(F.pad(vector, (0, outputs - len(vector))).numpy() for vector in
+                (scale, torch.cat([layer.bias for layer in layers])))]
+    weights = Weights(outputs, inputs, -(-inputs // RANGE), form, library.portable,
+                      *(array.ctypes.data for array in arrays), float(1.0 / layer.input_scale),
+                      int(layer.input_zero_point), 2 ** layer.bits - 1)
+    weights.arrays, weights.nonzero = arrays, alive.sum(1)
+    return weights
+
+
+def block_arrays(weight, form):
+    """int8 (outputs, inputs) -> (starts, columns, blocks), int32, uint16, int32, as infer_cpu.cpp has them."""
+    starts, columns, blocks, total = [], [], [], 0
+    for begin in range(0, weight.shape[1], RANGE):
+        part, unit = np.ascontiguousarray(weight[:, begin:begin + RANGE]), 1
+        if form == WORDS:                       # (outputs, inputs / 4): four inputs
+            part, unit = part.view(np.int32), 4
+        elif form == STRIPES:                   # (outputs / 4, inputs): four outputs
+            part = np.ascontiguousarray(part.reshape(len(part) // 4, 4, -1).transpose(0, 2, 1)).view(np.int32)[..., 0]
+        place = np.flatnonzero(part != 0)
+        row, column = np.divmod(place, part.shape[1])
+        values = part.ravel()[place]
+        counts = np.bincount(row, minlength=len(part))
+        if form != WORDS:                       # every row is filled up to a multiple of four with zeros
+            missing = -counts % 4
+            place = np.arange(len(row)) + (np.cumsum(missing) - missing)[row]
+            counts = counts + missing
+            filled = np.zeros(counts.sum(), np.int64), np.zeros(counts.sum(), part.dtype)
+            filled[0][place], filled[1][place] = column, values
+            (column, values), counts = filled, counts // 4
+            if form == STRIPES:                 # four inputs by four outputs -> four outputs by four inputs
+                values = np.ascontiguousarray(values.view(np.int8).reshape(-1, 4, 4).transpose(0, 2, 1))
+        starts.append(total + np.cumsum(counts) - counts)
+        columns.append((column + begin // unit).astype(np.uint16))
+        blocks.append(values.view(np.int32).ravel())
+        total += counts.sum()
+    return np.append(np.concatenate(starts), total).astype(np.int32), np.concatenate(columns), np.concatenate(blocks)
+
+
+def native_linear(library, packed, form=None):
+    """A kernel like those above, by infer_cpu.cpp."""
+    weights, (out, columns) = native_weights(library, [packed], form), packed.shape
+    tile = library.tokens_of_tile()
+
+    def product(x):
+        rows = x.reshape(-1, columns)
+        tiles = to_tiles(rows, tile, weights.inputs)
+        levels = torch.empty(tiles.shape, dtype=torch.uint8)
+        y = torch.empty(len(tiles), weights.outputs, tile)
+        library.set_threads(torch.get_num_threads())
+        library.quantize(len(rows), tiles.data_ptr(), levels.data_ptr(), ctypes.addressof(weights))
+        library.linear(ctypes.addressof(weights), 0, weights.outputs, len(rows), levels.data_ptr(), y.data_ptr(), None,
+                       None)
+        return from_tiles(y, len(rows))[:, :out].reshape(*x.shape[:-1], out)
+    return product, sum(array.nbytes for array in weights.arrays)
+
+
+class NativeError(InputError):
+    """Why there is no engine native for this model on this machine."""
+
+
+class Weights(ctypes.Structure):
+    """struct Weights of infer_cpu.cpp. `arrays` keeps alive what it points to; `nonzero`: weights of each output."""
+    _fields_ = [("outputs", INTEGER), ("inputs", INTEGER), ("chunks", INTEGER), ("form", SMALL), ("portable", SMALL),
+                *((name, POINTER) for name in ("starts", "columns", "blocks", "sums", "scales", "bias")),
+                ("reciprocal", ctypes.c_float), ("zero_point", SMALL), ("highest", SMALL)]
+
+
+class Table(ctypes.Structure):
+    """struct Table of infer_cpu.cpp: an embedding."""
+    _fields_ = [("values", POINTER), ("scales", POINTER), ("plain", POINTER)]
+
+
+class NativeEncoder:
+    """Embeddings and layers by infer_cpu.cpp: the slot `Encoder.kernel`. Several threads may call it at once.
+
+    Called with int64 (B, T) input_ids, attention_mask and token_type_ids it returns hidden states (B, T, H), zeros at
+    padding, which is never computed. A classifier reads only the first token of a row: for one they are (B, 1, H), and
+    the last layer is computed for those tokens alone. InputError for an id that an embedding does not have.
+    """
+
+    def __init__(self, library, model, packed):
+        config, encoder = model.config, model.encoder
+        if config.hidden_size % (4 * config.num_attention_heads) or config.intermediate_size % 4:
+            raise NativeError("engine native takes heads and intermediate layers whose sizes are multiples of four")
+        self.library, self.config, self.norm = library, config, encoder.norm
+        self.first_token_only = model.kind == "classification"
+        self.spare = []                                             # buffers that no call is using
+        tables = [table for table in (encoder.word, encoder.position, encoder.token_type) if table is not None]
+        self.embeddings = [(table.values, table.scale) if isinstance(table, quant.Int8Embedding) else (table.weight,)
+                           for table in tables]
+        self.tables = (Table * len(tables))(*(
+            Table(None, None, table[0].data_ptr()) if len(table) == 1 else Table(*(part.data_ptr() for part in table))
+            for table in self.embeddings))
+        self.layers = []
+        for number, layer in enumerate(encoder.layers):
+            groups = [[packed.pop(f"encoder.layers.{number}.{name}") for name in names] for names in
+                      (("query", "key", "value"), ("attention_output",), ("intermediate",), ("output",))]
+            self.layers.append((*(native_weights(library, group) for group in groups),
+                                layer.attention_norm, layer.output_norm))
+
+    def weights(self):
+        """Every Weights of the encoder."""
+        return [weights for layer in self.layers for weights in layer[:4]]
+
+    def __call__(self, input_ids, attention_mask, token_type_ids, times=None):
+        """times: a dict to which the seconds of each part are added."""
+        real = attention_mask.bool()
+        if self.first_token_only and not bool(real[:, 0].all()):
+            raise InputError("a row of the batch begins with padding, and the classifier reads its first token")
+        ids = torch.stack([input_ids[real], real.nonzero()[:, 1], token_type_ids[real]][:len(self.tables)])
+        for (table, *_), column in zip(self.embeddings, ids):
+            if column.numel() and not 0 <= int(column.min()) <= int(column.max()) < len(table):
+                raise InputError(f"the ids of a batch, {int(column.min())} to {int(column.max())}, are not all in an "
+                                 f"embedding of {len(table)} rows")
+        starts = F.pad(real.sum(1).cumsum(0), (1, 0))
+        buffers = self.spare.pop() if self.spare else {}
+        hidden = self.run(ids, starts, buffers, {} if times is None else times)
+        self.spare.append(buffers)
+        if self.first_token_only:
+            return hidden[:, None]
+        padded = torch.zeros(*real.shape, hidden.shape[1])
+        padded[real] = hidden
+        return padded
+
+    def run(self, ids, starts, buffers, times):
+        """int64 ids (tables, tokens), starts (B + 1,) -> float32 (tokens, H); of a classifier (B, H)."""
+        library, hidden, inner = self.library, self.config.hidden_size, self.config.intermediate_size
+        heads, tile, (_, tokens) = self.config.num_attention_heads, library.tokens_of_tile(), ids.shape
+        rows, tiles = len(starts) - 1, max(1, -(-tokens // tile))
+        sizes = {"x": 4 * hidden, "first": 4 * hidden, "context": 4 * hidden, "y": 12 * hidden, "q": hidden,
+                 "wide": inner}                                     # bytes of a token
+        if len(buffers.get("q", ())) < tiles * tile * hidden:
+            buffers.update((name, torch.empty(tiles * tile * size, dtype=torch.uint8)) for name, size in sizes.items())
+        x, first, context, y, q, wide = (buffers[name].data_ptr() for name in sizes)
+        count, begin = torch.arange(rows + 1), starts.data_ptr()
+
+        def step(part, function, *arguments):
+            times[part] = times.get(part, 0.0) + seconds(partial(function, *arguments))
+
+        def norm(module, summand, residual, result, following):
+            step("layer norm", library.layer_norm, tokens, hidden, summand, residual, module.weight.data_ptr(),
+                 module.bias.data_ptr(), module.eps, result, q, following and ctypes.addressof(following))
+
+        library.set_threads(torch.get_num_threads())
+        step("embeddings", library.embed, len(ids), ctypes.addressof(self.tables), ids.data_ptr(), tokens, hidden, x)
+        norm(self.norm, x, None, x, self.layers[0][0])
+        for number, (*weights, attention_norm, output_norm) in enumerate(self.layers):
+            query_key_value, attention_output, intermediate, output = map(ctypes.addressof, weights)
+            last = number == len(self.layers) - 1
+            if last and self.first_token_only:
+                step("query, key, value", library.linear, query_key_value, hidden, 3 * hidden, tokens, q, y, None, None)
+                step("embeddings", library.select_tokens, rows, begin, hidden, x, first)
+                step("quantize", library.quantize, rows, first, q, query_key_value)
+                step("query, key, value", library.linear, query_key_value, 0, hidden, rows, q, context, None, None)
+                step("attention", library.attention, rows, count.data_ptr(), begin, heads, hidden // heads, context,
+                     hidden, y, 2 * hidden, 0, context)
+                x, tokens = first, rows
+            else:
+                step("query, key, value", library.linear, query_key_value, 0, 3 * hidden, tokens, q, y, None, None)
+                step("attention", library.attention, rows, begin, begin, heads, hidden // heads, y, 3 * hidden, y,
+                     3 * hidden, hidden, context)
+            step("quantize", library.quantize, tokens, context, q, attention_output)
+            step("attention output", library.linear, attention_output, 0, hidden, tokens, q, y, None, None)
+            norm(attention_norm, y, x, x, weights[2])
+            step("intermediate", library.linear, intermediate, 0, inner, tokens, q, None, wide, output)
+            step("output", library.linear, output, 0, hidden, tokens, wide, y, None, None)
+            norm(output_norm, y, x, x, None if last else self.layers[number + 1][0])
+        result = buffers["first" if self.first_token_only else "x"][:-(-tokens // tile) * tile * hidden * 4]
+        return from_tiles(result.view(torch.float32).view(-1, hidden, tile), tokens).contiguous()      # never a view
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Engines
 
 @dataclass
 class Engine:
-    """A model ready to run. Call it with a batch of int64 tensors (B, T): input_ids, attention_mask, token_type_ids."""
-    name: str                   # fp32, int8 or sparse
+    """A model ready to run: call it with a batch, or let it answer texts."""
+    directory: Path
+    name: str                   # one of ENGINES
     model: torch.nn.Module
     layout: str                 # how it holds and multiplies its weights
     memory_bytes: int           # all weights as it holds them
     disk_bytes: int             # the file they came from
 
     def __call__(self, batch):
-        """Logits (B, C), or the pair of start and end logits, each (B, T); float32."""
+        """Int64 (B, T) input_ids, attention_mask and token_type_ids -> float32 logits (B, C), or the pair of start and
+        end logits, each (B, T)."""
         with torch.inference_mode():
             return self.model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+
+    def answer(self, texts, pairs=(), contexts=(), max_len=None):
+        """[(label, probability)] of texts, or of pairs of texts; [(span, score)] of questions and their contexts, the
+        score being the sum of start and end logit.
+
+        texts, pairs, contexts: lists of str, the second or third one as long as the first or empty. max_len: tokens of
+        a row, as trained by default. Raises InputError for a length the model does not have, or no tokenizer.
+        """
+        encoder = encoder_for(self.directory, self.model.kind, max_len)
+        results = []
+        if self.model.kind == "span":
+            for question, context in zip(texts, contexts, strict=True):
+                rows = encoder.encode_question(question, context)
+                start, end = self(encoder.collate(rows))
+                text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
+                results.append((text, score))
+            return results
+        rows = encoder.encode(list(texts), list(pairs) or None)
+        for begin in range(0, len(rows), 32):
+            probabilities = self(encoder.collate(rows[begin:begin + 32])).softmax(1)
+            names = label_names(self.directory, probabilities.shape[1])
+            results += [(names[int(row.argmax())], float(row.max())) for row in probabilities]
+        return results
 
 
 def load(directory, engine="auto", threads=None, say=print):
@@ -237,6 +628,9 @@ def load(directory, engine="auto", threads=None, say=print):
     if engine == "fp32":
         return load_fp32(directory)
     if (directory / "int8.safetensors").is_file():
+        if engine == "native":
+            model, packed, metadata = quant.read_int8(directory)
+            return native_engine(directory, model, packed, native_library(int(metadata["activation_bits"]), say))
         return load_auto(directory, say) if engine == "auto" else load_integer(directory, engine, say)
     if engine == "auto":
         say(f"engine fp32: {directory} is not quantized (it has no int8.safetensors)")
@@ -255,7 +649,8 @@ def load_fp32(directory):
         layer.kernel = partial(F.linear, weight=layer.weight, bias=layer.bias)
     size = sum(parameter.nbytes for parameter in model.parameters())
     path = next(path for name in network.WEIGHT_FILES if (path := directory / name).is_file())
-    return Engine("fp32", model, "dense float32", size, sum(file.stat().st_size for file in weight_files(path)))
+    disk = sum(file.stat().st_size for file in weight_files(path))
+    return Engine(directory, "fp32", model, "dense float32", size, disk)
 
 
 def weight_files(path):
@@ -284,21 +679,54 @@ def load_integer(directory, name, say=print):
     for layer_name, layer in linears(model):
         layer.kernel, layer_bytes = chosen[kinds[layer_name]](packed[layer_name])
         size += layer_bytes
-    return Engine(name, model, "; ".join(notes), size, (directory / "int8.safetensors").stat().st_size)
+    return Engine(directory, name, model, "; ".join(notes), size, (directory / "int8.safetensors").stat().st_size)
+
+
+def native_engine(directory, model, packed, library):
+    """Engine native of what quant.read_int8 returns. InputError if the model has sizes that it does not take."""
+    tensors = [*model.parameters(), *model.buffers()]
+    size = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+    model.encoder.kernel = encoder = NativeEncoder(library, model, packed)
+    for name, layer in linears(model):
+        if name in packed:                          # the heads: the encoder has taken its own
+            layer.kernel, layer_bytes = native_linear(library, packed[name])
+            size += layer_bytes
+    weights = encoder.weights()
+    counts = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(3))
+    layout = ", ".join(f"{count} products in {form}" for count, form in counts if count)
+    size += sum(array.nbytes for each in weights for array in each.arrays)
+    return Engine(directory, "native", model, f"{layout} by {instructions(library)}", size,
+                  (directory / "int8.safetensors").stat().st_size)
 
 
 def load_auto(directory, say=print):
-    """The faster of int8 and sparse on one row of 128 tokens (or as many as the model has positions)."""
-    dense = load_integer(directory, "int8", say)
+    """The fastest of native, sparse and int8 on one row of 128 tokens (or as many as the model has positions).
+
+    Where native takes less than the products of torch's engines alone would, these are not even loaded.
+    """
+    model, packed, metadata = quant.read_int8(directory)
+    batch, engines, tokens = random_batch(model.config, 1, 128), [], min(128, model.config.max_position_embeddings)
+    sizes = {name: math.prod(layer.shape) for name, layer in packed.items()}
+    largest = packed[max(sizes, key=sizes.get)]
     try:
-        engines = [dense, load_integer(directory, "sparse", lambda _: None)]
-    except InputError as error:
-        say(f"engine int8: {error}")
-        return dense
-    batch = random_batch(dense.model.config, 1, 128)
+        engines.append(native_engine(directory, model, packed, native_library(int(metadata["activation_bits"]), say)))
+        sparse = largest.pattern != "dense" and exact_in_float32(largest)
+        kernel, note = fastest({**DENSE_KERNELS, **(SPARSE_KERNELS if sparse else {})}, largest)
+        product = partial(kernel(largest)[0], torch.randn(tokens, largest.shape[1]))
+        products = min(seconds(product) for _ in range(5)) * sum(sizes.values()) / max(sizes.values())
+        whole = measure(engines, batch, least=5, budget=1.0)["native"]
+        if whole < products:
+            say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where the products alone take "
+                f"{1e3 * products:.1f} ms by the best of torch's, {note}")
+            return engines[0]
+    except NativeError as error:
+        say(f"{error}; the engines of torch take over")
+    engines.append(load_integer(directory, "int8", say))
+    with contextlib.suppress(InputError):                           # a dense model has no engine sparse
+        engines.append(load_integer(directory, "sparse", lambda _: None))
     times = measure(engines, batch, least=5, budget=1.0)
     best = min(engines, key=lambda engine: times[engine.name])
-    say(f"engine {best.name}: the faster one here on a row of {batch['input_ids'].shape[1]} tokens, "
+    say(f"engine {best.name}: the fastest one here on a row of {tokens} tokens, "
         + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in times.items()))
     return best
 
@@ -359,28 +787,6 @@ def label_names(directory, count):
     return [str(names.get(str(number), number)) if isinstance(names, dict) else str(number) for number in range(count)]
 
 
-def answer_texts(engine, directory, texts, pairs=(), contexts=(), max_len=None):
-    """[(label, probability)] of texts or pairs of texts; of questions and their contexts [(span, score)], the score
-    being the sum of start and end logit."""
-    kind = engine.model.kind
-    encoder = encoder_for(directory, kind, max_len)
-    if kind == "span":
-        results = []
-        for question, context in zip(texts, contexts):
-            rows = encoder.encode_question(question, context)
-            start, end = engine(encoder.collate(rows))
-            text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
-            results.append((text, score))
-        return results
-    rows = encoder.encode(list(texts), list(pairs) or None)
-    results = []
-    for row in rows:                                        # one by one: no padding
-        probabilities = engine(encoder.collate([row]))[0].softmax(0)
-        names = label_names(directory, len(probabilities))
-        results.append((names[int(probabilities.argmax())], float(probabilities.max())))
-    return results
-
-
 def check_texts(settings, kind, task):
     """InputError unless --text-pair or --context go with --text as this model wants them."""
     texts, pairs, contexts = len(settings.text), len(settings.text_pair), len(settings.context)
@@ -405,7 +811,7 @@ def run_text(settings):
     check_texts(settings, kind, compression_of(settings.model).get("task"))
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     contexts = settings.context * (len(settings.text) if len(settings.context) == 1 else 1)
-    results = answer_texts(engine, settings.model, settings.text, settings.text_pair, contexts, settings.max_len)
+    results = engine.answer(settings.text, settings.text_pair, contexts, settings.max_len)
     for text, (answer, value) in zip(settings.text, results):
         print(f"{answer}\t{value:.4f}\t{text}")
     return {"engine": engine.name, "answers": [{"text": text, "answer": answer,
@@ -426,7 +832,7 @@ def fake_quant_model(directory):
                          f"has no activation_bits and weight_scales; run python train.py --stage quantize first")
     model = network.load(directory, kind).eval()
     quant.prepare(model, bits, scales)
-    return Engine("fake-quant", model, "", 0, 0)
+    return Engine(directory, "fake-quant", model, "", 0, 0)
 
 
 def recorded(engine, logits):
@@ -537,7 +943,8 @@ def write_random(directory, preset, sparsity, pattern, plain=True):
 def machine():
     """One line: processor, cores, threads in use, torch."""
     exact = "7-bit activations only" if quant.saturates() else "8-bit activations"
-    return f"{network.processor_name()}, {exact} are exact, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (f"{network.processor_name()}, {exact} are exact, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}")
 
 
 def run_benchmark(settings):
@@ -581,12 +988,60 @@ def benchmark(settings, directory):
             print(f"{engine.name:<10}{row['ms']:>12.2f}  {row['sequences_per_second']:>11.1f}  {ratio:>6}  "
                   f"{row['disk_mb']:>7.1f}  {row['memory_mb']:>9.1f}")
         print("\n".join(verdicts(times)))
+        if engines[-1].name == "native":
+            report["rows"][-1]["parts"] = where_time_goes(engines[-1], random_batch(config, batch_size, length))
     print()
     for engine in engines:
         print(f"{engine.name}: {engine.layout}")
     for name, reason in unavailable.items():
         print(f"{name} is not available: {reason}")
     return report
+
+
+def where_time_goes(engine, batch):
+    """Prints the parts of engine native: {part: (ms, share, G operations/s, the same by the kernel at its best)}.
+
+    Operations are a multiplication and an addition per weight that lives and token (in attention: float32, per pair of
+    tokens and feature). At its best, a kernel finds its activations in the first cache: see `ceiling`.
+    """
+    encoder, whole, rounds = engine.model.encoder.kernel, [], []
+    for _ in range(15):
+        whole.append(seconds(partial(engine, batch)))
+        rounds.append({})
+        encoder(**batch, times=rounds[-1])
+    layers, tokens, rows = encoder.layers, int(batch["attention_mask"].sum()), len(batch["attention_mask"])
+    operations = {name: sum(2 * int(layer[index].nonzero.sum()) for layer in layers) * tokens for index, name in
+                  enumerate(("query, key, value", "attention output", "intermediate", "output"))}
+    if encoder.first_token_only:                        # of the last layer, all but keys and values for those alone
+        query, *others = layers[-1][:4]
+        skipped = [query.nonzero[:encoder.config.hidden_size], *(weights.nonzero for weights in others)]
+        for name, nonzero in zip(operations, skipped):
+            operations[name] -= 2 * int(nonzero.sum()) * (tokens - rows)
+    times = {part: statistics.median(each[part] for each in rounds) for part in rounds[0]}
+    times["heads, Python"] = max(statistics.median(whole) - sum(times.values()), 0.0)
+    parts, ceilings = {}, {form: ceiling(encoder.library, form) for form in {each.form for each in encoder.weights()}}
+    print("native, part              ms   share  G operations/s  at best")
+    for part, value in times.items():
+        rate = operations.get(part, 0) / value / 1e9
+        index = list(operations).index(part) if part in operations else None
+        best = ceilings[layers[0][index].form] if rate else 0.0
+        parts[part] = (1e3 * value, value / sum(times.values()), rate, best)
+        print(f"{part:<20}{1e3 * value:>8.2f}  {value / sum(times.values()):>5.1%}"
+              + (f"  {rate:>14.0f}  {best:>7.0f}" if rate else ""))
+    return parts
+
+
+def ceiling(library, form):
+    """G operations/s of a kernel of engine native on a dense layer of 256 -> 96, whose tiles fit the first cache."""
+    rows, columns, tokens = 96, 256, 16 * library.tokens_of_tile()
+    weight = torch.randint(1, 128, (rows, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    weights = native_weights(library, [quant.PackedLinear(
+        (rows, columns), weight, None, torch.ones(rows), torch.zeros(rows), torch.tensor(1.0),
+        torch.tensor(0, dtype=torch.int32), 7)], form)
+    levels, y = torch.zeros(tokens * columns, dtype=torch.uint8), torch.empty(tokens * rows)
+    call = partial(library.linear, ctypes.addressof(weights), 0, rows, tokens, levels.data_ptr(), y.data_ptr(), None,
+                   None)
+    return 2 * rows * columns * tokens / min(seconds(call) for _ in range(200)) / 1e9
 
 
 def verdicts(times):
@@ -675,7 +1130,7 @@ def size_report(directory, engine="auto"):
     """Every figure of --size, exact, in bytes. engine fp32 means the plain file, also where there is a packed one."""
     directory = Path(directory)
     config, _ = network.read_config(directory)          # of any architecture: a bare backbone has a size too
-    quantized = engine in ("int8", "sparse") or engine == "auto" and (directory / "int8.safetensors").is_file()
+    quantized = engine in ENGINES[1:] or engine == "auto" and (directory / "int8.safetensors").is_file()
     if quantized:
         entries, shapes = packed_tensors(directory)
         path = directory / "int8.safetensors"

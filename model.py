@@ -94,7 +94,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.kernel is not None:
             return self.kernel(x)
-        weight = self.weight * self.mask
+        weight = self.weight * self.mask.view(torch.uint8)      # twice as fast as with bool
         if self.fake_quant is not None:
             x, weight = self.fake_quant(x, weight, self)
         return F.linear(x, weight, self.bias)
@@ -139,12 +139,14 @@ class Encoder(nn.Module):
     recompute   True: in training, keep only what goes into each layer, and compute its inside again in the backward
                 pass (arXiv 1604.06174): the same bits, less memory, a third more time. Not with activation ranges,
                 which would follow the same input twice.
+    kernel      None, or a function that replaces `forward` at inference; set only by infer_cpu.py.
     """
 
     def __init__(self, config, pooler=True):
         super().__init__()
         self.config = config
         self.recompute = False
+        self.kernel = None
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
@@ -160,6 +162,8 @@ class Encoder(nn.Module):
             raise InputError(f"a row of {length} tokens is longer than the model's "
                              f"{self.config.max_position_embeddings} positions; give --max-len "
                              f"{self.config.max_position_embeddings} or less")
+        if self.kernel is not None:
+            return self.kernel(input_ids, attention_mask, token_type_ids)
         x = self.word(input_ids) + self.position.weight[:length]
         if self.token_type is not None:
             x = x + self.token_type(token_type_ids)

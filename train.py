@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ import numpy
 import tokenizers
 import torch
 import torch.distributed as dist
+from torch.profiler import profile, record_function
 from tqdm import tqdm
 
 import distill
@@ -96,13 +98,14 @@ class Settings:
     save_minutes: float = 5.0         # minutes between checkpoints
     keep: int = 2                     # newest checkpoints to keep
     log_every: int = 10               # steps between two lines of log.csv
+    profile: bool = False             # time a few steps of the stage, show where the time goes, and write nothing
     watch: str = ""                   # show how the run in this directory stands, from its log; nothing else is done
 
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
 # May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums.
 NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "activation_checkpointing", "compile", "threads", "save_every",
-                       "save_minutes", "keep", "log_every", "watch")
+                       "save_minutes", "keep", "log_every", "profile", "watch")
 FINGERPRINT_BYTES = 32 << 20      # read of a file's beginning, and again of its end, to know it again
 SILENCE = datetime.timedelta(minutes=30)    # how long processes wait for one another before they give up
 
@@ -643,11 +646,7 @@ def run_stage(s):
     torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
     model, tokenizer, data, notes = build_model_and_data(s, init)
-    teacher = None
-    if teacher_directory:
-        classes = {"num_labels": len(data.labels)} if model.kind == "classification" else {}
-        teacher = network.load(teacher_directory, model.kind, **classes, say=notes.append)
-        teacher.to(s.device).eval().requires_grad_(False)
+    teacher = load_teacher(s, teacher_directory, model, data, notes.append)
     prepare_layers(s, model)
     if init and prune.measured_sparsity(model) >= LEAST_SPARSITY:
         notes += prune.format_kinds(model)
@@ -733,6 +732,14 @@ def check_length(length, config):
     """InputError if the model has no position embeddings for rows of `length` tokens."""
     if length > config.max_position_embeddings:
         raise InputError(f"--max-len {length} is more than the model's {config.max_position_embeddings} positions")
+
+
+def load_teacher(s, directory, model, data, say):
+    """The model to distil from, frozen; None without a directory."""
+    if directory is None:
+        return None
+    classes = {"num_labels": len(data.labels)} if model.kind == "classification" else {}
+    return network.load(directory, model.kind, **classes, say=say).to(s.device).eval().requires_grad_(False)
 
 
 def prepare_layers(s, model):
@@ -834,25 +841,29 @@ def train(s, model, teacher, data, inputs, log, out, state):
     autocast = torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
     model.train()
     started = saved = window = time.monotonic()
-    tokens, share, sparsity = 0, s.batch_size // processes(), prune.measured_sparsity(model)
-    with interrupts() as interrupted, progress_bar(s, first) as bar:
+    tokens, sparsity = 0, prune.measured_sparsity(model)
+    with interrupts() as interrupted, progress_bar(s, first) as bar, ThreadPoolExecutor(1) as background:
+        coming = background.submit(batches_of, s, data, first)
         for step in range(first, s.steps):
             torch.manual_seed((s.seed * 1_000_003 + step) * 64 + rank())
             rate = s.lr * prune.learning_rate_factor(step, s.steps, warmup, ramp)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = data.rows(step, s.batch_size, rank() * share, (rank() + 1) * share)
-            batches = [to_device(data.collate(rows[i:i + s.micro_batch]), s.device)
-                       for i in range(0, len(rows), s.micro_batch)]
+            with record_function("waiting for data"):
+                batches = [to_device(batch, s.device) for batch in coming.result()]
+            if step + 1 < s.steps:                        # made while this step computes
+                coming = background.submit(batches_of, s, data, step + 1)
             count, total, parts = summed(distill.counts(batches), s.device), 0.0, {}
             for batch in batches:
                 with autocast:
                     loss, terms = distill.loss(model, teacher, batch, count, s.temperature, s.kd_weight, s.kd_positions)
-                loss.backward()
+                with record_function("backward"):
+                    loss.backward()
                 total += float(loss.detach())
                 parts = {name: parts.get(name, 0.0) + value for name, value in terms.items()}
             add_gradients(model)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+            with record_function("gradient norm"):
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             parts = summed({"loss": total, **parts, "interrupts": len(interrupted)}, s.device)
             total, stop = parts.pop("loss"), parts.pop("interrupts")
             if not math.isfinite(total) or not math.isfinite(float(norm)):
@@ -861,7 +872,8 @@ def train(s, model, teacher, data, inputs, log, out, state):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ramp and prune.updates_at(step, ramp):
-                prune.update_masks(model, step, ramp, pattern)
+                with record_function("mask update"):
+                    prune.update_masks(model, step, ramp, pattern)
                 sparsity = prune.measured_sparsity(model)
 
             # Everything below only reports and saves.
@@ -890,6 +902,13 @@ def progress_bar(s, first):
     """On a terminal it moves all the time, in a file a line now and then is enough."""
     return tqdm(total=s.steps, initial=first, desc=s.stage, unit="step", smoothing=0.05, disable=rank() > 0,
                 mininterval=0.2 if sys.stderr.isatty() else 20)
+
+
+def batches_of(s, data, step):
+    """This process's share of the step's rows, as a list of micro-batches."""
+    share = s.batch_size // processes()
+    rows = data.rows(step, s.batch_size, rank() * share, (rank() + 1) * share)
+    return [data.collate(rows[i:i + s.micro_batch]) for i in range(0, len(rows), s.micro_batch)]
 
 
 def to_device(batch, device):
@@ -1075,6 +1094,59 @@ def run_evaluate(s):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --profile
+
+PROFILED_STEPS = 6
+PHASES = {"waiting for data": "waiting for data", "student": "student, forward", "teacher": "teacher, forward",
+          "VocabularyLoss": "vocabulary, its loss and gradient", "backward": "backward, without the vocabulary",
+          "gradient norm": "gradient norm", "Optimizer.step#AdamW.step": "AdamW", "mask update": "mask update"}
+
+
+def run_profile(s):
+    """Run a few steps of a stage and print where a step's time goes, and how fast its matrix products are next to the
+    fastest that this machine can do. Nothing is written."""
+    init, teacher_directory = parents_of(s)
+    torch.set_num_threads(s.threads)
+    torch.manual_seed(s.seed)
+    model, _, data, notes = build_model_and_data(s, init)
+    teacher = load_teacher(s, teacher_directory, model, data, notes.append)
+    prepare_layers(s, model)
+    # One mask update falls into the steps; a real run has one in every --update-every of its steps.
+    s = replace(s, steps=PROFILED_STEPS, epochs=None, ramp_end=0.4, update_every=0.5)
+    train(s, model.to(s.device), teacher, data, {}, Log(None, 0), None, None)           # to warm up
+    with profile(with_flops=True) as profiler:
+        started = time.monotonic()
+        train(s, model, teacher, data, {}, Log(None, 0), None, None)
+        seconds = time.monotonic() - started
+    print(format_profile(profiler.key_averages(), seconds, PROFILED_STEPS))
+    work, fastest = sum(event.flops for event in profiler.key_averages()), fastest_product(s)
+    print(f"matrix products, attention aside: {work / PROFILED_STEPS / 1e9:,.1f} GFLOP a step, "
+          f"{work / seconds / 1e9:,.1f} GFLOP/s; a large one alone in {s.precision}: {fastest / 1e9:,.1f} GFLOP/s; the "
+          f"step reaches {work / seconds / fastest:.0%} of that")
+
+
+def format_profile(events, seconds, steps):
+    """A table of PHASES: milliseconds of a step and share of the time. events: what torch.profiler averaged."""
+    spent = {PHASES[event.key]: event.cpu_time_total / 1e6 for event in events if event.key in PHASES}
+    lines = [f"{'':<36}{'ms a step':>10}{'share':>8}"]
+    for phase, part in [*spent.items(), ("the rest", seconds - sum(spent.values())), ("a step", seconds)]:
+        lines.append(f"{phase:<36}{1e3 * part / steps:>10,.1f}{part / seconds:>8.1%}")
+    return "\n".join(lines)
+
+
+def fastest_product(s, rows=2048, inner=1024, columns=4096):
+    """Operations a second of a large matrix product in the settings' precision, the fastest of five."""
+    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
+    left, right = (torch.ones(shape, dtype=dtype, device=s.device) for shape in ((rows, inner), (inner, columns)))
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        float((left @ right)[0, 0])                       # on a GPU: wait for it
+        times.append(time.monotonic() - started)
+    return 2 * rows * inner * columns / min(times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The whole chain
 
 def run_all(typed):
@@ -1198,7 +1270,7 @@ def keep_freed_memory():
 def out_of_memory(error):
     """Does this exception say so? Python, PyTorch on the CPU and on CUDA, and C++ below them, each in its own words."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(
-        re.search("out of memory|allocate memory|bad_alloc", str(error))))
+        re.search("out of memory|allocate memory|bad_alloc|start new thread", str(error))))
 
 
 def plain_reason(error):
@@ -1223,6 +1295,10 @@ def main(arguments=None):
             print(recipe_table())
         elif "watch" in typed:
             watch(Path(typed["watch"]))
+        elif typed.get("profile") and (stage in ("all", "evaluate") or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            raise InputError("--profile takes one training stage, in one process; name it with --stage")
+        elif typed.get("profile"):
+            run_profile(resolve(typed))
         elif stage in ("all", "evaluate") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError(f"--stage {stage} runs in one process; under torchrun, give one training stage at a time")
         elif stage == "all":

@@ -483,6 +483,26 @@ def test_chunks_equal_the_whole(rows_per_chunk, monkeypatch):
     assert quiet[1:] == pytest.approx((hard, kd))
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 4.0])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 60.0])
+def test_closed_forms_equal_float64_autograd(spread, temperature):
+    """Value and gradient of both terms, up to logits of which most have a probability that float32 cannot hold."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (spread * torch.randn(7, 500, generator=generator) for _ in range(2))
+    labels = torch.randint(500, (7,), generator=generator)
+    leaf = student.double().requires_grad_()
+    hard = F.cross_entropy(leaf, labels, reduction="sum")
+    soft = temperature ** 2 * F.kl_div(
+        (leaf / temperature).log_softmax(-1), (teacher.double() / temperature).log_softmax(-1), reduction="sum",
+        log_target=True)
+    for expected, (value, gradient) in (
+            (hard, distill.cross_entropy_and_gradient(student, labels)),
+            (soft, distill.divergence_and_gradient(student.clone(), teacher.clone(), temperature))):
+        rounding = 7 * 1e-6 * temperature ** 2              # of log Z in float32, in each of seven rows
+        assert float(value) == pytest.approx(float(expected.detach()), rel=1e-5, abs=rounding)
+        torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, leaf)[0], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("with_teacher", [True, False])
 def test_no_labels_and_no_positions(with_teacher):
     """A micro-batch may happen to have no masked token; the others of the step have."""
@@ -511,8 +531,9 @@ class Shapes(TorchDispatchMode):
         return result
 
     def logits(self):
-        """Rows of the tensors that are as wide as the vocabulary (24 rows: the decoder itself, transposed)."""
-        wide = [shape for shape in self.seen if len(shape) > 1 and shape[-1] == 97]
+        """Rows of the tensors as wide as the vocabulary, 97 or, as products take it, 112 (24 rows: the decoder itself,
+        transposed)."""
+        wide = [shape for shape in self.seen if len(shape) > 1 and shape[-1] in (97, 112)]
         return [int(np.prod(shape[:-1])) for shape in wide if shape[0] != 24]
 
 

@@ -212,7 +212,7 @@ def test_engines_agree_with_the_fake_quantized_model_on_the_dev_set(directories,
     task = json.loads((directory / "config.json").read_text())["compression"]["task"]
     data = infer_cpu.encoder_for(directory, TASKS[task].kind, None, task, folder)
     reference = infer_cpu.fake_quant_model(directory)
-    for engine_name in ("int8", "sparse"):
+    for engine_name in ("int8", "sparse", "native"):
         engine = infer_cpu.load(directory, engine_name, say=silent)
         metrics, predictions, figures = infer_cpu.agreement(data, engine, reference, 200)
         predictions = predictions.popitem()[1]
@@ -258,20 +258,20 @@ def test_packed_file_alone_is_enough(directories, tmp_path):
     batch = infer_cpu.random_batch(network.read_config(tmp_path)[0], 2, 20)
     said = []
     engine = infer_cpu.load(tmp_path, say=said.append)
-    assert engine.name in ("int8", "sparse") and f"engine {engine.name}" in said[-1]
+    assert engine.name in ("int8", "sparse", "native") and f"engine {engine.name}" in said[-1]
     assert torch.isfinite(engine(batch)).all()
     assert torch.allclose(engine(batch), infer_cpu.load(directories["blocks"], "int8", say=silent)(batch), atol=1e-2)
 
 
 def test_engines_that_a_model_does_not_have(directories):
-    for engine in ("int8", "sparse"):
+    for engine in ("int8", "sparse", "native"):
         with pytest.raises(InputError, match="python train.py --stage quantize"):
             infer_cpu.load(directories["plain"], engine)
     with pytest.raises(InputError, match="--engine int8"):
         infer_cpu.load(directories["dense"], "sparse", say=silent)
     said = []
     assert infer_cpu.load(directories["plain"], say=said.append).name == "fp32" and "not quantized" in said[0]
-    assert infer_cpu.load(directories["dense"], say=silent).name == "int8"
+    assert infer_cpu.load(directories["dense"], say=silent).name in ("int8", "native")
 
 
 def test_a_saturating_cpu_is_warned_about(directories, monkeypatch, world, tmp_path):
@@ -285,13 +285,13 @@ def test_a_saturating_cpu_is_warned_about(directories, monkeypatch, world, tmp_p
 def test_answers_equal_one_text_at_a_time(directories, world):
     texts = ["the film was good", "a slow and dull story that nobody liked"]
     engine = infer_cpu.load(directories["blocks"], "int8", say=silent)
-    answers = infer_cpu.answer_texts(engine, directories["blocks"], texts)
+    answers = engine.answer(texts)
     assert [label in ("0", "1") and 0.5 <= probability <= 1 for label, probability in answers] == [True, True]
     data = TaskData("sst2", ".", load_tokenizer(directories["blocks"]), 48, splits=())
     logits = engine(data.collate(data.encode([texts[1]])))
-    assert answers[1][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+    assert answers[1][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-3)
     squad = infer_cpu.load(directories["squad"], "sparse", say=silent)
-    (span, score), = infer_cpu.answer_texts(squad, directories["squad"], ["who wrote it?"], contexts=["Ada wrote it."])
+    (span, score), = squad.answer(["who wrote it?"], contexts=["Ada wrote it."])
     assert span and span in "Ada wrote it." and isinstance(score, float)
 
 
@@ -311,7 +311,7 @@ def test_text_command(directories, tmp_path):
     assert [line[2] for line in lines] == ["a good film", "a bad film"]
     assert all(line[0] in ("0", "1") and 0.5 <= float(line[1]) <= 1 for line in lines)
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["engine"] in ("int8", "sparse") and len(report["answers"]) == 2
+    assert report["engine"] in ("int8", "sparse", "native") and len(report["answers"]) == 2
     assert "Warning" not in done.stderr
 
 
@@ -372,7 +372,7 @@ def test_benchmark_puts_every_engine_side_by_side(directories, tmp_path, capsys)
                     "--threads", "1", "--json", str(tmp_path / "out.json")])
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert [(row["engine"], row["batch_size"]) for row in report["rows"]] == [
-        (engine, size) for size in (1, 2) for engine in ("fp32", "int8", "sparse")]
+        (engine, size) for size in (1, 2) for engine in infer_cpu.ENGINES]
     assert all(row["ms"] > 0 and row["disk_mb"] > 0 and row["memory_mb"] > 0 for row in report["rows"])
     assert report["threads"] == 1 and torch.__version__ in printed and "1 threads" in printed
     infer_cpu.main([str(directories["plain"]), "--benchmark", "--batch-size", "1", "--max-len", "16"])
@@ -398,7 +398,7 @@ def bad_commands(directories, world, tmp_path):
         ([], "one of the arguments"), (["--text", "x"], "MODEL_DIR"), ([blocks], "one of the arguments"),
         ([tmp_path / "nowhere", "--text", "x"], "nowhere"), ([tmp_path, "--text", "x"], "config.json"),
         ([broken, "--text", "x"], "int8.safetensors"), ([broken, "--benchmark"], "int8.safetensors"),
-        ([blocks, "--text", "x", "--engine", "native"], "invalid choice"),
+        ([blocks, "--text", "x", "--engine", "magic"], "invalid choice"),
         ([directories["plain"], "--text", "x", "--engine", "int8"], "--stage quantize"),
         ([directories["plain"], "--evaluate", "--agreement", "--data", folder], "--stage quantize"),
         ([blocks, "--text", "x", "--text-pair", "y"], "--text-pair"),

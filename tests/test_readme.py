@@ -85,3 +85,16 @@ def test_real_numbers_are_the_measured_ones():
         return row(f"prune-{suffix}", f"sst2/sparse-{suffix}", sparsity, f"sst2/int8-{suffix}")
     for expected in (row("pretrain", "sst2/teacher", "0 %"), pruned("unstructured-0.85"), pruned("1x4-0.8")):
         assert expected in README, expected
+
+
+def test_numbers_of_the_five_tasks_are_the_measured_ones():
+    """The row of results against docs/tasks.json, and docs/sst2.json for SST-2."""
+    runs = json.loads((ROOT / "docs" / "tasks.json").read_text()) | json.loads((ROOT / "docs" / "sst2.json").read_text())
+    score = {task: {name: f"{value:.1%}".rstrip("%") for name, value in runs[f"{task}/teacher"]["metrics"].items()}
+             for task in ("sst2", "mnli", "qqp", "qnli", "squad")}
+    minutes = {task: f"{runs[f'{task}/teacher']['training_seconds'] / 60:.0f} "
+                     f"({runs[f'{task}/teacher']['settings']['threads']})" for task in score}
+    assert (f"| result | {score['sst2']['accuracy']} | {score['mnli']['accuracy']} | {score['qqp']['accuracy']} (F1 "
+            f"{score['qqp']['f1']}) | {score['qnli']['accuracy']} | EM {score['squad']['exact_match']}, F1 "
+            f"{score['squad']['f1']} |") in README
+    assert "| minutes (threads) | " + " | ".join(minutes.values()) + " |" in README

@@ -1,0 +1,549 @@
+// Sparse INT8 BERT on a CPU: the functions behind the engine `native` of infer_cpu.py, which compiles this file on
+// first use and calls it through a plain C interface. OpenMP threads, torch's own.
+//
+// Activations lie in tiles of T tokens, tokens innermost, T being the bytes of a vector register (64 with AVX-512, 32
+// with AVX2, 16 elsewhere). So every loop over tokens is a vector loop, and no sum is ever taken across a vector. A
+// buffer of n tokens and F features is ceil(n / T) tiles, each of them
+//
+//     float   x[F][T]             one row per feature: four vectors
+//     words   q[F / 4][T][4]      uint8 levels; four consecutive features of one token are one 32-bit word
+//     rows    q[F][T]             uint8 levels; a vector per feature, its tokens in the order that `interleave` undoes
+//
+//         words, T = 4:    token 0   token 1   token 2   token 3
+//         features 0-3    |0 1 2 3| |0 1 2 3| |0 1 2 3| |0 1 2 3|    <- one load; then one `dot` multiplies it by a
+//         features 4-7    |4 5 6 7| |4 5 6 7| |4 5 6 7| |4 5 6 7|       weight block and adds to a sum per token
+//
+// A weight block is four int8 in a 32-bit word. Which four, infer_cpu.py chooses for every layer, by what costs least:
+//
+//     WORDS      four consecutive inputs of one output (1x4 blocks): a block meets a row of `words`
+//     STRIPES    four inputs of four consecutive outputs (4x1 blocks, 4x4 blocks, dense layers): four `rows` are
+//                interleaved into words once, and meet four blocks, one per output
+//     SCATTERED  any four inputs of one output (unstructured): four `rows` are interleaved for that output alone
+//
+// The bound. A CPU that loads and multiplies one vector a cycle (AMD Zen 4: 64 bytes) takes, for a block and T tokens,
+// four loads and half a cycle for the broadcast of the block: 4.5 cycles for 4 T multiplications and additions, 114
+// operations a cycle with T = 64. STRIPES loads a quarter of that and is bound by its multiplications, 128 operations a
+// cycle. SCATTERED adds eight shuffles to four multiplications: some 70.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <algorithm>
+#include <vector>
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(PORTABLE)
+constexpr int T = 16;
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr int T = 64;
+#elif defined(__AVX2__)
+constexpr int T = 32;
+#else
+constexpr int T = 16;
+#endif
+constexpr int LANES = T / 4;            // numbers of 32 bits in a vector; four vectors are a tile's tokens
+
+typedef int32_t ints __attribute__((vector_size(T), may_alias));
+typedef float floats __attribute__((vector_size(T), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(T), may_alias));
+
+static inline ints broadcast(int32_t x) { return x - ints{}; }
+static inline floats broadcast(float x) { return x - floats{}; }
+static inline floats least(floats a, floats b) { return a < b ? a : b; }
+static inline floats most(floats a, floats b) { return a > b ? a : b; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What differs from CPU to CPU: three functions, and the same three in plain C++, which the others are checked against.
+//     dot(sum, x, w)       sum[t] + (x[t][0] - OFFSET) w[0] + ... + (x[t][3] - OFFSET) w[3]: x uint8, w int8, sum int32
+//     interleave(q, x)     a vector of each of four `rows` -> their T words, in the order of the tokens
+//     narrow(x)            T int32 of 0 to 255, in the order of the tokens -> one of the `rows`
+
+struct Portable {
+    static constexpr int OFFSET = 0;
+    static inline ints dot(ints sum, ints x, ints w) {
+        for (int byte = 0; byte < 4; byte++) sum += ((x >> (8 * byte)) & 255) * ((w << (24 - 8 * byte)) >> 24);
+        return sum;
+    }
+    static inline void interleave(const bytes *const q[4], ints x[4]) {
+        for (int token = 0; token < T; token++)
+            for (int i = 0; i < 4; i++) ((uint8_t *)x)[4 * token + i] = ((const uint8_t *)q[i])[token];
+    }
+    static inline bytes narrow(const ints x[4]) {
+        bytes row;
+        for (int token = 0; token < T; token++) row[token] = (uint8_t)x[token / LANES][token % LANES];
+        return row;
+    }
+};
+
+#if defined(PORTABLE)
+typedef Portable Machine;
+static const char *const NAME = "plain C++";
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+static const char *const NAME = "AVX-512 VNNI";
+struct Machine {
+    static constexpr int OFFSET = 0;
+    static inline ints dot(ints sum, ints x, ints w) {
+        return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+    }
+    static inline void interleave(const bytes *const q[4], ints x[4]) {
+        __m512i a = (__m512i)*q[0], b = (__m512i)*q[1], c = (__m512i)*q[2], d = (__m512i)*q[3];
+        __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+        x[0] = (ints)_mm512_unpacklo_epi16(ab, cd), x[1] = (ints)_mm512_unpackhi_epi16(ab, cd);
+        ab = _mm512_unpackhi_epi8(a, b), cd = _mm512_unpackhi_epi8(c, d);
+        x[2] = (ints)_mm512_unpacklo_epi16(ab, cd), x[3] = (ints)_mm512_unpackhi_epi16(ab, cd);
+    }
+    static inline bytes narrow(const ints x[4]) {
+        return (bytes)_mm512_packus_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]),
+                                          _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]));
+    }
+};
+#elif defined(__AVX2__)
+struct Machine {
+    static constexpr int OFFSET = 0;
+    static inline ints dot(ints sum, ints x, ints w) {
+        __m256i s = (__m256i)sum, a = (__m256i)x, b = (__m256i)w;
+#if defined(__AVXVNNI__)
+        return (ints)_mm256_dpbusd_avx_epi32(s, a, b);
+#elif ACTIVATION_BITS < 8       // the sum of two products fits into 16 bits
+        return (ints)_mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+#else                           // it does not: even and odd bytes apart, as 16 bits
+        __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+        return (ints)_mm256_add_epi32(s, _mm256_add_epi32(even, odd));
+#endif
+    }
+    static inline void interleave(const bytes *const q[4], ints x[4]) {
+        __m256i a = (__m256i)*q[0], b = (__m256i)*q[1], c = (__m256i)*q[2], d = (__m256i)*q[3];
+        __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
+        x[0] = (ints)_mm256_unpacklo_epi16(ab, cd), x[1] = (ints)_mm256_unpackhi_epi16(ab, cd);
+        ab = _mm256_unpackhi_epi8(a, b), cd = _mm256_unpackhi_epi8(c, d);
+        x[2] = (ints)_mm256_unpacklo_epi16(ab, cd), x[3] = (ints)_mm256_unpackhi_epi16(ab, cd);
+    }
+    static inline bytes narrow(const ints x[4]) {
+        return (bytes)_mm256_packus_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]),
+                                          _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
+    }
+};
+#if defined(__AVXVNNI__)
+static const char *const NAME = "AVX-VNNI";
+#else
+static const char *const NAME = "AVX2";
+#endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+struct Machine {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    static constexpr int OFFSET = 0;
+    static inline ints dot(ints sum, ints x, ints w) {
+        return (ints)vusdotq_s32((int32x4_t)sum, (uint8x16_t)x, (int8x16_t)w);
+    }
+#else                           // signed by signed only
+    static constexpr int OFFSET = 128;
+    static inline ints dot(ints sum, ints x, ints w) {
+        return (ints)vdotq_s32((int32x4_t)sum, (int8x16_t)veorq_u8((uint8x16_t)x, vdupq_n_u8(128)), (int8x16_t)w);
+    }
+#endif
+    static inline void interleave(const bytes *const q[4], ints x[4]) {
+        uint8x16x2_t ab = vzipq_u8((uint8x16_t)*q[0], (uint8x16_t)*q[1]);
+        uint8x16x2_t cd = vzipq_u8((uint8x16_t)*q[2], (uint8x16_t)*q[3]);
+        for (int half = 0; half < 2; half++) {
+            uint16x8x2_t words = vzipq_u16((uint16x8_t)ab.val[half], (uint16x8_t)cd.val[half]);
+            x[2 * half] = (ints)words.val[0], x[2 * half + 1] = (ints)words.val[1];
+        }
+    }
+    static inline bytes narrow(const ints x[4]) {
+        int16x8_t low = vcombine_s16(vmovn_s32((int32x4_t)x[0]), vmovn_s32((int32x4_t)x[1]));
+        int16x8_t high = vcombine_s16(vmovn_s32((int32x4_t)x[2]), vmovn_s32((int32x4_t)x[3]));
+        return (bytes)vcombine_s8(vmovn_s16(low), vmovn_s16(high));
+    }
+};
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+static const char *const NAME = "ARM i8mm";
+#else
+static const char *const NAME = "ARM dot product";
+#endif
+#else
+typedef Portable Machine;
+static const char *const NAME = "plain C++";
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A layer as infer_cpu.py packs it. `outputs` and `inputs` are multiples of four.
+
+enum Form { WORDS, STRIPES, SCATTERED };
+
+struct Weights {
+    int64_t outputs, inputs, chunks;    // the inputs are taken in `chunks` ranges: one range of a tile stays in cache
+    int32_t form, portable;             // portable: use the plain C++
+    const int32_t *starts;              // (chunks * rows + 1,): first block of a row in a range; a row is an output, or
+                                        // for STRIPES four outputs, whose blocks come in fours
+    const uint16_t *columns;            // WORDS: input / 4 of each block; SCATTERED: the four inputs of each block;
+                                        // STRIPES: the four inputs of each four blocks
+    const int32_t *blocks;              // four int8 each
+    const int32_t *sums;                // (outputs,) sum of the output's weights
+    const float *scales, *bias;         // (outputs,) of the product, input scale included
+    float reciprocal;                   // 1 / scale of the input
+    int32_t zero_point, highest;        // of the input's levels
+};
+
+// Nearest level, half to even: adding 1.5 * 2^23 leaves no bits for the fraction.
+static inline ints level(floats x, const Weights &next) {
+    const floats magic = broadcast(12582912.0f);
+    floats low = broadcast((float)-next.zero_point), high = broadcast((float)(next.highest - next.zero_point));
+    x = least(most(x * next.reciprocal, low), high);
+    return (ints)(x + magic) - (ints)magic + next.zero_point;
+}
+
+// Four features of a tile, from `feature` on, into the layout that the layer `next` reads.
+template <class M>
+static inline void store_levels(uint8_t *q, int64_t feature, const ints value[4][4], const Weights &next) {
+    bytes row[4];
+    for (int i = 0; i < 4; i++) row[i] = M::narrow(value[i]);
+    if (next.form == WORDS) {
+        const bytes *const four[4] = {row, row + 1, row + 2, row + 3};
+        M::interleave(four, (ints *)(q + feature * T));
+    } else
+        for (int i = 0; i < 4; i++) ((bytes *)(q + feature * T))[i] = row[i];
+}
+
+static inline int64_t tiles_of(int64_t tokens) { return (tokens + T - 1) / T; }
+
+// How many of a tile's four vectors hold tokens: fewer only in the last one.
+static inline int used_vectors(int64_t tokens, int64_t tile) {
+    return (int)std::min<int64_t>(4, (tokens - tile * T + LANES - 1) / LANES);
+}
+
+// 2^x for x <= 0, relative error 2e-7: 2^whole by its exponent bits, 2^fraction by a polynomial on [-1/2, 1/2].
+static inline floats exp2(floats x) {
+    const floats magic = broadcast(12582912.0f);
+    x = most(x, broadcast(-126.0f));
+    floats whole = (x + magic) - magic, f = x - whole, p = broadcast(1.54035304e-4f);
+    for (float k : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+        p = p * f + k;
+    return (floats)((ints)p + (__builtin_convertvector(whole, ints) << 23));
+}
+
+// x Phi(x). Phi(c) - 1/2 is c times a polynomial in c^2, which interpolates it at Chebyshev's points of |c| <= 5.
+// Absolute error 2e-6, and 3e-7 |x| beyond 5.
+static inline floats gelu(floats x) {
+    floats c = least(most(x, broadcast(-5.0f)), broadcast(5.0f)), s = c * c * 0.08f - 1.0f;
+    floats p = broadcast(7.05952991e-4f);
+    for (float k : {-1.67403098e-3f, 1.46263157e-3f, -2.53432234e-3f, 6.66780895e-3f, -1.12997434e-2f, 1.62870702e-2f,
+                    -2.32163442e-2f, 3.14648720e-2f, -4.04507113e-2f, 5.15189416e-2f, -7.02959372e-2f, 1.41363805e-1f})
+        p = p * s + k;
+    return x * (c * p + 0.5f);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Linear layers. One thread takes a tile and PART outputs, whose sums wait in cache while the inputs are gone through,
+// range by range. N = used vectors.
+
+constexpr int PART = 96;
+typedef ints Sums[PART][4];
+
+template <class M, int N>
+static void words(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
+    const int32_t *starts = w.starts + chunk * w.outputs;
+    for (int64_t o = first; o < last; o++) {
+        ints s[N];
+        for (int v = 0; v < N; v++) s[v] = sum[o - first][v];
+        for (int32_t b = starts[o]; b < starts[o + 1]; b++) {
+            const ints *x = (const ints *)(q + (int64_t)w.columns[b] * 4 * T), block = broadcast(w.blocks[b]);
+            for (int v = 0; v < N; v++) s[v] = M::dot(s[v], x[v], block);
+        }
+        for (int v = 0; v < N; v++) sum[o - first][v] = s[v];
+    }
+}
+
+template <class M> static inline void interleaved(const uint16_t *columns, const uint8_t *q, ints x[4]) {
+    const bytes *const row[4] = {(const bytes *)(q + columns[0] * T), (const bytes *)(q + columns[1] * T),
+                                 (const bytes *)(q + columns[2] * T), (const bytes *)(q + columns[3] * T)};
+    M::interleave(row, x);
+}
+
+template <class M, int N>
+static void scattered(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
+    const int32_t *starts = w.starts + chunk * w.outputs;
+    for (int64_t o = first; o < last; o++) {
+        ints s[N], x[4];
+        for (int v = 0; v < N; v++) s[v] = sum[o - first][v];
+        for (int32_t b = starts[o]; b < starts[o + 1]; b++) {
+            interleaved<M>(w.columns + 4 * b, q, x);
+            for (int v = 0; v < N; v++) s[v] = M::dot(s[v], x[v], broadcast(w.blocks[b]));
+        }
+        for (int v = 0; v < N; v++) sum[o - first][v] = s[v];
+    }
+}
+
+template <class M, int N>
+static void stripes(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
+    const int32_t *starts = w.starts + chunk * w.outputs / 4;
+    for (int64_t o = first; o < last; o += 4) {
+        ints s[4][N], x[4];
+        for (int row = 0; row < 4; row++)
+            for (int v = 0; v < N; v++) s[row][v] = sum[o - first + row][v];
+        for (int32_t b = starts[o / 4]; b < starts[o / 4 + 1]; b++) {
+            interleaved<M>(w.columns + 4 * b, q, x);
+            for (int row = 0; row < 4; row++)
+                for (int v = 0; v < N; v++) s[row][v] = M::dot(s[row][v], x[v], broadcast(w.blocks[4 * b + row]));
+        }
+        for (int row = 0; row < 4; row++)
+            for (int v = 0; v < N; v++) sum[o - first + row][v] = s[row][v];
+    }
+}
+
+// The outputs first to last of one tile: sums, scale, bias; then float32, or GELU and the levels of the next layer.
+template <class M, int N>
+static void part_of_tile(const Weights &w, int64_t first, int64_t last, const uint8_t *q, float *y, uint8_t *levels,
+                         const Weights *next) {
+    Sums sum;
+    for (int64_t o = first; o < last; o++)
+        for (int v = 0; v < N; v++) sum[o - first][v] = broadcast((M::OFFSET - w.zero_point) * w.sums[o]);
+    for (int64_t chunk = 0; chunk < w.chunks; chunk++)
+        if (w.form == WORDS) words<M, N>(w, chunk, first, last, q, sum);
+        else if (w.form == STRIPES) stripes<M, N>(w, chunk, first, last, q, sum);
+        else scattered<M, N>(w, chunk, first, last, q, sum);
+    for (int64_t o = first; o < last; o += 4) {
+        ints value[4][4] = {};
+        for (int64_t row = 0; row < 4; row++)
+            for (int v = 0; v < N; v++) {
+                floats x = __builtin_convertvector(sum[o - first + row][v], floats);
+                x = x * w.scales[o + row] + w.bias[o + row];
+                if (y) *(floats *)(y + (o - first + row) * T + v * LANES) = x;
+                else value[row][v] = level(gelu(x), *next);
+            }
+        if (!y) store_levels<M>(levels, o, value, *next);
+    }
+}
+
+template <class M>
+static void linear_on(const Weights &w, int64_t begin, int64_t end, int64_t tokens, const uint8_t *q, float *y,
+                      uint8_t *levels, const Weights *next) {
+    auto *of_tile = part_of_tile<M, 4>;
+    decltype(of_tile) of_part[] = {part_of_tile<M, 1>, part_of_tile<M, 2>, part_of_tile<M, 3>, of_tile};
+    int64_t parts = (end - begin + PART - 1) / PART;
+#pragma omp parallel for collapse(2) schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
+        for (int64_t part = 0; part < parts; part++) {
+            int64_t first = begin + part * PART, last = std::min(end, first + PART);
+            const uint8_t *x = q + tile * w.inputs * T;
+            float *out = y ? y + (tile * (end - begin) + part * PART) * T : nullptr;
+            uint8_t *after = y ? nullptr : levels + tile * w.outputs * T;
+            of_part[used_vectors(tokens, tile) - 1](w, first, last, x, out, after, next);
+        }
+}
+
+// y: float tiles of end - begin features, the outputs from begin to end (multiples of four). Or, with y null, all
+// outputs through GELU into `levels`, as the layer `next` reads them.
+extern "C" void linear(const Weights *w, int64_t begin, int64_t end, int64_t tokens, const uint8_t *q, float *y,
+                       uint8_t *levels, const Weights *next) {
+    auto *on = w->portable ? linear_on<Portable> : linear_on<Machine>;
+    on(*w, begin, end, tokens, q, y, levels, next);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Between the linear layers
+
+struct Table { const int8_t *values; const float *scales, *plain; };        // int8 rows, or plain float32 ones
+
+// y, float tiles: the sum of `count` embeddings, table i at rows[i * tokens + token].
+extern "C" void embed(int64_t count, const Table *tables, const int64_t *rows, int64_t tokens, int64_t features,
+                      float *y) {
+#pragma omp parallel for
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t f = 0; f < features; f++) {
+            float sum = 0.0f;
+            for (int64_t i = 0; i < count; i++) {
+                int64_t row = rows[i * tokens + token], at = row * features + f;
+                sum += tables[i].plain ? tables[i].plain[at] : tables[i].values[at] * tables[i].scales[row];
+            }
+            y[(token / T * features + f) * T + token % T] = sum;
+        }
+}
+
+template <class M> static void quantize_on(int64_t tokens, const float *x, uint8_t *q, const Weights &next) {
+    int64_t features = next.inputs;
+#pragma omp parallel for
+    for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
+        for (int64_t f = 0; f < features; f += 4) {
+            ints value[4][4] = {};
+            for (int i = 0; i < 4; i++)
+                for (int v = 0; v < used_vectors(tokens, tile); v++)
+                    value[i][v] = level(*(const floats *)(x + (tile * features + f + i) * T + v * LANES), next);
+            store_levels<M>(q + tile * features * T, f, value, next);
+        }
+}
+
+// Float tiles -> the levels that `next` reads.
+extern "C" void quantize(int64_t tokens, const float *x, uint8_t *q, const Weights *next) {
+    auto *on = next->portable ? quantize_on<Portable> : quantize_on<Machine>;
+    on(tokens, x, q, *next);
+}
+
+template <class M, int N>
+static void layer_norm_of_tile(int64_t features, const float *x, const float *residual, const float *gain,
+                               const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+    floats sum[N] = {}, squares[N] = {}, rate[N];
+    for (int64_t f = 0; f < features; f++)
+        for (int v = 0; v < N; v++) {
+            int64_t at = f * T + v * LANES;
+            floats value = *(const floats *)(x + at);
+            if (residual) value += *(const floats *)(residual + at);
+            *(floats *)(y + at) = value;
+            sum[v] += value;
+        }
+    for (int v = 0; v < N; v++) sum[v] /= (float)features;          // the mean
+    for (int64_t f = 0; f < features; f++)
+        for (int v = 0; v < N; v++) {
+            floats d = *(const floats *)(y + f * T + v * LANES) - sum[v];
+            squares[v] += d * d;
+        }
+    for (int v = 0; v < N; v++)
+        for (int i = 0; i < LANES; i++) rate[v][i] = 1.0f / std::sqrt(squares[v][i] / (float)features + epsilon);
+    for (int64_t f = 0; f < features; f += 4) {
+        ints value[4][4] = {};
+        for (int i = 0; i < 4; i++)
+            for (int v = 0; v < N; v++) {
+                floats *at = (floats *)(y + (f + i) * T + v * LANES);
+                *at = (*at - sum[v]) * rate[v] * gain[f + i] + bias[f + i];
+                if (next) value[i][v] = level(*at, *next);
+            }
+        if (next) store_levels<M>(q, f, value, *next);
+    }
+}
+
+template <class M>
+static void layer_norm_on(int64_t tokens, int64_t features, const float *x, const float *residual, const float *gain,
+                          const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+    auto *of_tile = layer_norm_of_tile<M, 4>;
+    decltype(of_tile) of_part[] = {layer_norm_of_tile<M, 1>, layer_norm_of_tile<M, 2>, layer_norm_of_tile<M, 3>,
+                                   of_tile};
+#pragma omp parallel for
+    for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
+        int64_t at = tile * features * T;
+        of_part[used_vectors(tokens, tile) - 1](features, x + at, residual ? residual + at : nullptr, gain, bias,
+                                                epsilon, y + at, q + at, next);
+    }
+}
+
+// y = LayerNorm(x + residual) over the features of every token, float tiles; and its levels for `next`, unless that is
+// null. residual may be null, y may be x. features: a multiple of four.
+extern "C" void layer_norm(int64_t tokens, int64_t features, const float *x, const float *residual, const float *gain,
+                           const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+    auto *on = next && next->portable ? layer_norm_on<Portable> : layer_norm_on<Machine>;
+    on(tokens, features, x, residual, gain, bias, epsilon, y, q, next);
+}
+
+// y: float tiles of the `count` tokens of x at `places`.
+extern "C" void select_tokens(int64_t count, const int64_t *places, int64_t features, const float *x, float *y) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t f = 0; f < features; f++)
+            y[(i / T * features + f) * T + i % T] = x[(places[i] / T * features + f) * T + places[i] % T];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention: softmax(Q K^T / sqrt(D)) V of every sequence and head. Sequences lie one after another without padding.
+
+constexpr int QUERIES = 2 * LANES;      // taken together: two vectors
+struct alignas(T) Line { float x[LANES]; };
+
+// The runs of floats that one head of `count` tokens, from token `begin` on, has in tiles, and in x[D][stride]:
+// copy(place in the tiles, place in x, bytes). `first`: the head's first feature.
+template <class Copy>
+static inline void each_run(int64_t features, int64_t begin, int64_t count, int64_t first, int64_t D, int64_t stride,
+                            Copy copy) {
+    for (int64_t d = 0; d < D; d++)
+        for (int64_t t = 0; t < count;) {
+            int64_t token = begin + t, run = std::min(count - t, T - token % T);
+            copy((token / T * features + first + d) * T + token % T, d * stride + t, run * sizeof(float));
+            t += run;
+        }
+}
+
+// out[r] = the sum over k of row r at k times columns[k], which are QUERIES floats; R rows, entries `step` apart
+template <int R>
+static inline void multiply(int64_t depth, const float *rows, int64_t row_stride, int64_t step, const float *columns,
+                            floats out[R][2]) {
+    floats sum[R][2] = {};
+    for (int64_t k = 0; k < depth; k++) {
+        const floats *c = (const floats *)(columns + k * QUERIES);
+        floats left = c[0], right = c[1];
+        for (int r = 0; r < R; r++) {
+            floats value = broadcast(rows[r * row_stride + k * step]);
+            sum[r][0] += value * left, sum[r][1] += value * right;
+        }
+    }
+    std::memcpy(out, sum, sizeof(sum));
+}
+
+// QUERIES queries of one head: query[D][QUERIES] (already divided by sqrt(D) ln 2), key and value [D][padded], of
+// which n are real; score is a scratch of [padded][QUERIES]. The result replaces the query.
+static void attend(int64_t n, int64_t padded, int64_t D, float *query, const float *key, const float *value,
+                   float *score) {
+    floats top[2] = {broadcast(-1e30f), broadcast(-1e30f)}, total[2] = {}, out[4][2];
+    for (int64_t j = 0; j < n; j += 4) {            // rows beyond n are computed and not used
+        multiply<4>(D, key + j, 1, padded, query, out);
+        std::memcpy(score + j * QUERIES, out, sizeof(out));
+        for (int64_t r = 0; r < std::min<int64_t>(4, n - j); r++)
+            for (int v = 0; v < 2; v++) top[v] = most(top[v], out[r][v]);
+    }
+    for (int64_t j = 0; j < n; j++)
+        for (int v = 0; v < 2; v++) {
+            floats *p = (floats *)(score + j * QUERIES + v * LANES);
+            *p = exp2(*p - top[v]);
+            total[v] += *p;
+        }
+    for (int v = 0; v < 2; v++) total[v] = 1.0f / total[v];
+    for (int64_t d = 0; d < D; d += 4) {
+        multiply<4>(n, value + d * padded, padded, 1, score, out);
+        for (int r = 0; r < 4; r++)
+            for (int v = 0; v < 2; v++) *(floats *)(query + (d + r) * QUERIES + v * LANES) = out[r][v] * total[v];
+    }
+}
+
+// context: float tiles of heads * D features, for the tokens of `query_starts`. Sequence s has the queries
+// query_starts[s] to query_starts[s + 1] of the buffer `query`, and the keys and values starts[s] to starts[s + 1] of
+// `key_value`. These are float tiles of query_features and key_value_features features; keys begin at feature
+// `key_first`, values follow them. context may be query.
+extern "C" void attention(int64_t sequences, const int64_t *query_starts, const int64_t *starts, int64_t heads,
+                          int64_t D, const float *query, int64_t query_features, const float *key_value,
+                          int64_t key_value_features, int64_t key_first, float *context) {
+    float scale = 1.44269504f / std::sqrt((float)D);
+#pragma omp parallel for collapse(2) schedule(dynamic, 1)
+    for (int64_t s = 0; s < sequences; s++)
+        for (int64_t head = 0; head < heads; head++) {
+            int64_t n = starts[s + 1] - starts[s], padded = (n + QUERIES - 1) / QUERIES * QUERIES;
+            thread_local std::vector<Line> scratch;                 // grows to the longest sequence, and is kept
+            size_t needed = (2 * D * padded + D * QUERIES + padded * QUERIES) / LANES;
+            if (scratch.size() < needed) scratch.resize(needed);
+            float *key = (float *)scratch.data(), *value = key + D * padded, *some = value + D * padded;
+            float *score = some + D * QUERIES, *const key_or_value[] = {key, value};
+            for (int part = 0; part < 2; part++)
+                each_run(key_value_features, starts[s], n, key_first + (part * heads + head) * D, D, padded,
+                         [=](int64_t tile, int64_t own, size_t size) {
+                             std::memcpy(key_or_value[part] + own, key_value + tile, size);
+                         });
+            for (int64_t begin = query_starts[s]; begin < query_starts[s + 1]; begin += QUERIES) {
+                int64_t count = std::min<int64_t>(QUERIES, query_starts[s + 1] - begin);
+                std::memset(some, 0, D * QUERIES * sizeof(float));
+                each_run(query_features, begin, count, head * D, D, QUERIES,
+                         [=](int64_t tile, int64_t own, size_t size) { std::memcpy(some + own, query + tile, size); });
+                for (int64_t i = 0; i < D * QUERIES; i++) some[i] *= scale;
+                attend(n, padded, D, some, key, value, score);
+                each_run(heads * D, begin, count, head * D, D, QUERIES,
+                         [=](int64_t tile, int64_t own, size_t size) {
+                             std::memcpy(context + tile, some + own, size);
+                         });
+            }
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+extern "C" int32_t tokens_of_tile() { return T; }
+extern "C" const char *instructions() { return NAME; }
+extern "C" void set_threads(int32_t count) { omp_set_num_threads(count); }       // of the calling thread
