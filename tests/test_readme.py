@@ -98,3 +98,15 @@ def test_numbers_of_the_five_tasks_are_the_measured_ones():
             f"{score['qqp']['f1']}) | {score['qnli']['accuracy']} | EM {score['squad']['exact_match']}, F1 "
             f"{score['squad']['f1']} |") in README
     assert "| minutes (threads) | " + " | ".join(minutes.values()) + " |" in README
+
+
+def test_speeds_are_the_measured_ones():
+    """Each row of the speed table against docs/speed.json; and native is the fastest of all."""
+    base = {row["batch"]: row["ms"] for row in json.loads((ROOT / "docs" / "speed.json").read_text())["base"]["rows"]}
+    eager = {batch: times["torch eager fp32 (transformers)"] for batch, times in base.items()}
+    for name in base[1]:
+        one, many = base[1][name], base[16][name]
+        assert f"| {name} | {one:.1f} | {eager[1] / one:.1f}x | {many:.0f} | {eager[16] / many:.1f}x |" in README
+    for times in base.values():
+        ours = [value for name, value in times.items() if name.startswith("native")]
+        assert max(ours) < min(value for name, value in times.items() if not name.startswith("native"))
