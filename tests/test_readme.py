@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import infer_cpu
@@ -110,3 +111,14 @@ def test_speeds_are_the_measured_ones():
     for times in base.values():
         ours = [value for name, value in times.items() if name.startswith("native")]
         assert max(ours) < min(value for name, value in times.items() if not name.startswith("native"))
+
+
+def test_training_speeds_are_the_measured_ones():
+    """Each row of the training table against docs/training.json, medians over its rounds."""
+    found = json.loads((ROOT / "docs" / "training.json").read_text())
+    pairs = dict.fromkeys(name.rpartition("|")[0] for name in found if "|" in name)
+    assert len(pairs) == 8
+    for pair in pairs:
+        cells = [f"{statistics.median(run[key] for run in found[f'{pair}|{precision}']):.{digits}f}"
+                 for precision in ("fp32", "bf16") for key, digits in (("per_second", 0), ("peak_gb", 2))]
+        assert f"| {pair.partition('|')[2]} | " + " | ".join(cells) + " |" in README
