@@ -812,6 +812,7 @@ def estimate_memory(s, model, teacher):
     """The peak of the training to come, in bytes of a process (on a GPU: of its memory), from what is there now: the
     models, data and libraries. To that come AdamW's two numbers for each weight, and then either the gradients, or what
     a forward pass keeps and the logits in flight; both where micro-batches add up gradients."""
+    now = torch.cuda.memory_allocated() if s.device == "cuda" else memory_now()      # before a layer is tried below
     rows = min(s.micro_batch, s.batch_size // processes())
     shape = (rows, s.max_len, model.config.hidden_size)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -824,7 +825,6 @@ def estimate_memory(s, model, teacher):
         logits = positions * len(words)
         copies = LOGITS_KEPT[bool(teacher)] + LOGITS_LEFT * (logits > distill.CHUNK_ELEMENTS)
         forward += int(4 * copies * min(distill.CHUNK_ELEMENTS, logits))
-    now = torch.cuda.memory_allocated() if s.device == "cuda" else memory_now()
     return now + 2 * weights + (weights + forward if rows * processes() < s.batch_size else max(weights, forward))
 
 
