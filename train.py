@@ -779,7 +779,7 @@ def ramp_of(s):
 
 # Measured: arrays of a chunk's logits in float32 that are there at once while its loss and their gradient are computed,
 # without a teacher and with one; and what of earlier chunks the C library has not given back.
-LOGITS_KEPT, LOGITS_LEFT = {False: 3, True: 10}, 4
+LOGITS_KEPT, LOGITS_LEFT = {False: 4, True: 6}, 2
 
 
 def memory_now():
