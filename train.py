@@ -1282,7 +1282,8 @@ def plain_reason(error):
                 "last checkpoint")
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}; --resume goes on from the last checkpoint"
-    if dist.is_initialized() and isinstance(error, RuntimeError) and re.search("gloo|NCCL|[Dd]istributed", str(error)):
+    torn = re.compile("gloo|NCCL|distributed|timeout|timed out|pair closure|connection", re.IGNORECASE)
+    if dist.is_initialized() and isinstance(error, RuntimeError) and torn.search(str(error)):
         return "another process of this run has stopped or is silent; --resume goes on from the last checkpoint"
 
 

@@ -314,6 +314,16 @@ def test_a_dying_process_ends_the_run(world, tmp_path):
     assert train.checkpoints(tmp_path / "pretrain")
 
 
+@pytest.mark.parametrize("message", [
+    "Application timeout caused pair closure", "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+    "[1] is setting up NCCL communicator and retrieving ncclUniqueId, but got: wait timeout", "Timed out waiting 1000ms"])
+def test_a_lost_process_is_told_in_a_sentence(message, monkeypatch):
+    assert train.plain_reason(RuntimeError(message)) is None                # of one process it is a fault of ours
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    assert "another process" in train.plain_reason(RuntimeError(message))
+    assert train.plain_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
 def test_a_silent_process_ends_the_run(world, tmp_path):
     """SIGSTOP to process 1: process 0 waits as long as train.SILENCE says, here a second, and gives up."""
     def be_impatient():
