@@ -4,7 +4,7 @@
 
 Under AddressSanitizer, which sees every wrong read of infer_cpu.cpp:
 
-    export XDG_CACHE_HOME=/tmp/asan CXX="env -u LD_PRELOAD g++ -fsanitize=address" ASAN_OPTIONS=detect_leaks=0
+    export XDG_CACHE_HOME=$(mktemp -d) CXX="env -u LD_PRELOAD g++ -fsanitize=address" ASAN_OPTIONS=detect_leaks=0
     LD_PRELOAD=$(g++ -print-file-name=libasan.so) python tests/mutate_packed.py --count 10000
 """
 import argparse
