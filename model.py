@@ -739,6 +739,7 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
     """
     config, _ = read_config(directory)
     found, path = read_weights(directory, say)
+    check_claims(config, found, path)
     decoder = TIED_DECODER[config.model_type][0]
     if decoder in found and kind == "pretraining":
         raise InputError(f"{path}: '{decoder}' differs from the word embeddings; this network ties the two")
@@ -772,6 +773,18 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
         say(f"{path}: leaves out {names_in_short(unexpected)}")
     load_compression(model, directory, fresh=missing)
     return model
+
+
+def check_claims(config, found, path):
+    """InputError if config.json asks for far more than the file holds, before memory is taken for that. What merely
+    lacks some tensors passes: `load` will name them."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    wanted = hidden * (layers * (4 * hidden + 2 * config.intermediate_size) + config.vocab_size
+                       + config.max_position_embeddings)
+    held = sum(tensor.numel() for tensor in found.values())
+    if layers > len(found) or wanted > 10 * held + 2 ** 20:
+        raise InputError(f"{path} holds {held:,} numbers in {len(found)} tensors, and config.json asks for {layers:,} "
+                         f"layers with {wanted:,}; they do not belong together")
 
 
 def load_compression(model, directory, fresh=()):

@@ -177,12 +177,12 @@ def read_questions(path: Path) -> list[Question]:
 
 def _question(entry: dict, context: str) -> Question:
     """One element of `qas`; LookupError or TypeError if it is not as it should be."""
+    if not all(isinstance(value, str) for value in (entry["id"], entry["question"], context)):
+        raise TypeError
     answers = tuple((answer["text"], _answer_start(context, answer["text"], answer["answer_start"]))
                     for answer in entry["answers"])
     if not answers:
         raise LookupError("a question without answers, which SQuAD v1.1 does not have,")
-    if not all(isinstance(value, str) for value in (entry["id"], entry["question"], context)):
-        raise TypeError
     return Question(entry["id"], entry["question"], context, answers)
 
 

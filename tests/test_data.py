@@ -493,6 +493,9 @@ def test_squad_files_that_cannot_be_used_are_named(tmp_path, tokenizer):
     assert refused(squad_file(tmp_path, answers=7)).endswith(f"found a value of the wrong type in {place}")
     assert refused(squad_file(tmp_path, question=5)).endswith(f"found a value of the wrong type in {place}")
     assert refused(squad_file(tmp_path, answers=[{"text": "Bob", "answer_start": "4"}])).endswith(place)
+    path = squad_file(tmp_path)
+    path.write_text(path.read_text().replace('"Now Bob saw Bob run."', "17"))
+    assert refused(path).endswith(f"found a value of the wrong type in {place}")
     nowhere = refused(squad_file(tmp_path, answers=[{"text": "Eve", "answer_start": 4}]))
     assert "the answer 'Eve', which does not occur in its context" in nowhere and place in nowhere
     path = tmp_path / "x.json"

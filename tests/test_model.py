@@ -747,6 +747,16 @@ def test_config_that_this_network_cannot_be(changes, said, tmp_path):
     assert str(path) in message and said in message
 
 
+@pytest.mark.parametrize("name, value", [("intermediate_size", 2 ** 31), ("num_hidden_layers", 2 ** 31),
+                                         ("vocab_size", 2 ** 31), ("max_position_embeddings", 2 ** 31)])
+def test_config_that_claims_more_than_the_file_holds(name, value, tmp_path):
+    """It is refused at once: no memory or time is spent on what cannot be there."""
+    save(make(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    assert "do not belong together" in error_of(load, tmp_path, "pretraining")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"bert"', b"\xff\xfe{}", b'{"model_type": "\xe9"}',
                                      b"[" * 100_000, b"\xef\xbb\xbf{}"])
 def test_config_that_is_not_json(content, tmp_path):
