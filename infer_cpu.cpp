@@ -40,8 +40,10 @@
 constexpr int T = 16;
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr int T = 64;
+#define VECTOR(name) _mm512_##name
 #elif defined(__AVX2__)
 constexpr int T = 32;
+#define VECTOR(name) _mm256_##name
 #else
 constexpr int T = 16;
 #endif
@@ -53,8 +55,13 @@ typedef uint8_t bytes __attribute__((vector_size(T), may_alias));
 
 static inline ints broadcast(int32_t x) { return x - ints{}; }
 static inline floats broadcast(float x) { return x - floats{}; }
+#if defined(VECTOR)                     // of a choice between two GCC makes two instructions
+static inline floats least(floats a, floats b) { return (floats)VECTOR(min_ps)(a, b); }
+static inline floats most(floats a, floats b) { return (floats)VECTOR(max_ps)(a, b); }
+#else
 static inline floats least(floats a, floats b) { return a < b ? a : b; }
 static inline floats most(floats a, floats b) { return a > b ? a : b; }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What differs from CPU to CPU: three functions, and the same three in plain C++, which the others are checked against.
@@ -181,9 +188,9 @@ struct Weights {
     int32_t form, portable;             // portable: use the plain C++
     const int32_t *starts;              // (chunks * rows + 1,): first block of a row in a range; a row is an output, or
                                         // for STRIPES four outputs, whose blocks come in fours
-    const uint16_t *columns;            // WORDS: input / 4 of each block; SCATTERED: the four inputs of each block;
-                                        // STRIPES: the four inputs of each four blocks
-    const int32_t *blocks;              // four int8 each
+    const uint16_t *columns;            // SCATTERED: the four inputs of each block; STRIPES: of each four blocks
+    const void *blocks;                 // int32, four int8 each; WORDS: uint64, these above the place of the block's
+                                        // row in a tile, in bytes
     const int32_t *sums;                // (outputs,) sum of the output's weights
     const float *scales, *bias;         // (outputs,) of the product, input scale included
     float reciprocal;                   // 1 / scale of the input
@@ -239,23 +246,22 @@ static inline floats gelu(floats x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Linear layers. One thread takes a tile and PART outputs, whose sums wait in cache while the inputs are gone through,
-// range by range. N = used vectors.
+// Linear layers. One thread takes a tile and PART outputs, four at a time: their sums lie in registers, and then come
+// at once scale, bias and what follows. Where the inputs are taken in ranges, sums wait between them.
+// N = used vectors. `starts` are those of the outputs at hand.
 
 constexpr int PART = 96;
-typedef ints Sums[PART][4];
+constexpr int AHEAD = 1024, ROW = 48;   // blocks: how far ahead of their use weights are fetched, how many at a time
 
 template <class M, int N>
-static void words(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
-    const int32_t *starts = w.starts + chunk * w.outputs;
-    for (int64_t o = first; o < last; o++) {
-        ints s[N];
-        for (int v = 0; v < N; v++) s[v] = sum[o - first][v];
-        for (int32_t b = starts[o]; b < starts[o + 1]; b++) {
-            const ints *x = (const ints *)(q + (int64_t)w.columns[b] * 4 * T), block = broadcast(w.blocks[b]);
-            for (int v = 0; v < N; v++) s[v] = M::dot(s[v], x[v], block);
-        }
-        for (int v = 0; v < N; v++) sum[o - first][v] = s[v];
+static inline void words(const Weights &w, const int32_t *starts, const uint8_t *q, ints *s) {
+    const uint64_t *block = (const uint64_t *)w.blocks;
+    for (int ahead = 0; ahead < ROW; ahead += 8) __builtin_prefetch(block + starts[0] + AHEAD + ahead);
+    for (int32_t b = starts[0]; b < starts[1]; b++) {
+        uint64_t place_and_weights = block[b];              // one load: loads are what bounds this loop
+        const ints *x = (const ints *)(q + (uint32_t)place_and_weights);
+        ints four = broadcast((int32_t)(place_and_weights >> 32));
+        for (int v = 0; v < N; v++) s[v] = M::dot(s[v], x[v], four);
     }
 }
 
@@ -266,83 +272,99 @@ template <class M> static inline void interleaved(const uint16_t *columns, const
 }
 
 template <class M, int N>
-static void scattered(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
-    const int32_t *starts = w.starts + chunk * w.outputs;
-    for (int64_t o = first; o < last; o++) {
-        ints s[N], x[4];
-        for (int v = 0; v < N; v++) s[v] = sum[o - first][v];
-        for (int32_t b = starts[o]; b < starts[o + 1]; b++) {
-            interleaved<M>(w.columns + 4 * b, q, x);
-            for (int v = 0; v < N; v++) s[v] = M::dot(s[v], x[v], broadcast(w.blocks[b]));
-        }
-        for (int v = 0; v < N; v++) sum[o - first][v] = s[v];
+static inline void scattered(const Weights &w, const int32_t *starts, const uint8_t *q, ints *s) {
+    const int32_t *block = (const int32_t *)w.blocks;
+    for (int32_t b = starts[0]; b < starts[1]; b++) {
+        ints x[4];
+        interleaved<M>(w.columns + 4 * b, q, x);
+        for (int v = 0; v < N; v++) s[v] = M::dot(s[v], x[v], broadcast(block[b]));
     }
 }
 
 template <class M, int N>
-static void stripes(const Weights &w, int64_t chunk, int64_t first, int64_t last, const uint8_t *q, Sums sum) {
-    const int32_t *starts = w.starts + chunk * w.outputs / 4;
-    for (int64_t o = first; o < last; o += 4) {
-        ints s[4][N], x[4];
-        for (int row = 0; row < 4; row++)
-            for (int v = 0; v < N; v++) s[row][v] = sum[o - first + row][v];
-        for (int32_t b = starts[o / 4]; b < starts[o / 4 + 1]; b++) {
-            interleaved<M>(w.columns + 4 * b, q, x);
-            for (int row = 0; row < 4; row++)
-                for (int v = 0; v < N; v++) s[row][v] = M::dot(s[row][v], x[v], broadcast(w.blocks[4 * b + row]));
-        }
-        for (int row = 0; row < 4; row++)
-            for (int v = 0; v < N; v++) sum[o - first + row][v] = s[row][v];
+static inline void stripes(const Weights &w, const int32_t *starts, const uint8_t *q, ints s[4][N]) {
+    const int32_t *block = (const int32_t *)w.blocks;
+    for (int32_t b = starts[0]; b < starts[1]; b++) {
+        ints x[4];
+        interleaved<M>(w.columns + 4 * b, q, x);
+        for (int o = 0; o < 4; o++)
+            for (int v = 0; v < N; v++) s[o][v] = M::dot(s[o][v], x[v], broadcast(block[4 * b + o]));
     }
 }
 
-// The outputs first to last of one tile: sums, scale, bias; then float32, or GELU and the levels of the next layer.
-template <class M, int N>
-static void part_of_tile(const Weights &w, int64_t first, int64_t last, const uint8_t *q, float *y, uint8_t *levels,
-                         const Weights *next) {
-    Sums sum;
-    for (int64_t o = first; o < last; o++)
-        for (int v = 0; v < N; v++) sum[o - first][v] = broadcast((M::OFFSET - w.zero_point) * w.sums[o]);
+// A complete sum, times scale, plus bias.
+static inline floats scaled(const Weights &w, int64_t output, ints sum) {
+    return __builtin_convertvector(sum, floats) * w.scales[output] + w.bias[output];
+}
+
+// The outputs first to last of one tile: into y, float32, or with y null through GELU into the `levels` of `next`. The
+// two Weights are copies, so that the compiler knows that no store changes them.
+template <class M, int N, int FORM>
+static void part_of_tile(const Weights w, const Weights next, int64_t first, int64_t last, const uint8_t *q, float *y,
+                         uint8_t *levels) {
+    ints waiting[PART][N];
     for (int64_t chunk = 0; chunk < w.chunks; chunk++)
-        if (w.form == WORDS) words<M, N>(w, chunk, first, last, q, sum);
-        else if (w.form == STRIPES) stripes<M, N>(w, chunk, first, last, q, sum);
-        else scattered<M, N>(w, chunk, first, last, q, sum);
-    for (int64_t o = first; o < last; o += 4) {
-        ints value[4][4] = {};
-        for (int64_t row = 0; row < 4; row++)
-            for (int v = 0; v < N; v++) {
-                floats x = __builtin_convertvector(sum[o - first + row][v], floats);
-                x = x * w.scales[o + row] + w.bias[o + row];
-                if (y) *(floats *)(y + (o - first + row) * T + v * LANES) = x;
-                else value[row][v] = level(gelu(x), *next);
+        for (int64_t output = first; output < last; output += 4) {
+            ints s[4][N], (*own)[N] = waiting + (output - first);
+            const int32_t *starts = w.starts + (chunk * w.outputs + output) / (FORM == STRIPES ? 4 : 1);
+            for (int o = 0; o < 4; o++)
+                for (int v = 0; v < N; v++)
+                    s[o][v] = chunk ? own[o][v] : broadcast((M::OFFSET - w.zero_point) * w.sums[output + o]);
+            if constexpr (FORM == STRIPES) stripes<M, N>(w, starts, q, s);
+            else
+#pragma GCC unroll 4
+                for (int o = 0; o < 4; o++)
+                    if constexpr (FORM == WORDS) words<M, N>(w, starts + o, q, s[o]);
+                    else scattered<M, N>(w, starts + o, q, s[o]);
+            if (chunk < w.chunks - 1) {
+                for (int o = 0; o < 4; o++)
+                    for (int v = 0; v < N; v++) own[o][v] = s[o][v];
+            } else if (y) {
+                for (int o = 0; o < 4; o++)
+                    for (int v = 0; v < N; v++)
+                        *(floats *)(y + (output - first + o) * T + v * LANES) = scaled(w, output + o, s[o][v]);
+            } else {
+                ints value[4][4];
+                if (N < 4) std::memset(value, 0, sizeof(value));
+                for (int o = 0; o < 4; o++)
+                    for (int v = 0; v < N; v++) value[o][v] = level(gelu(scaled(w, output + o, s[o][v])), next);
+                store_levels<M>(levels, output, value, next);
             }
-        if (!y) store_levels<M>(levels, o, value, *next);
-    }
+        }
+}
+
+// The outputs first to last, at most PART, of one tile, as part_of_tile has them.
+template <class M>
+static void on_tile(const Weights &w, const Weights *next, int64_t tokens, int64_t tile, int64_t first, int64_t last,
+                    const uint8_t *q, float *y, uint8_t *levels) {
+    typedef decltype(&part_of_tile<M, 4, WORDS>) Function;
+    static const Function of_part[3][4] = {
+        {part_of_tile<M, 1, WORDS>, part_of_tile<M, 2, WORDS>, part_of_tile<M, 3, WORDS>, part_of_tile<M, 4, WORDS>},
+        {part_of_tile<M, 1, STRIPES>, part_of_tile<M, 2, STRIPES>, part_of_tile<M, 3, STRIPES>,
+         part_of_tile<M, 4, STRIPES>},
+        {part_of_tile<M, 1, SCATTERED>, part_of_tile<M, 2, SCATTERED>, part_of_tile<M, 3, SCATTERED>,
+         part_of_tile<M, 4, SCATTERED>}};
+    of_part[w.form][used_vectors(tokens, tile) - 1](w, next ? *next : w, first, last, q + tile * w.inputs * T, y,
+                                                    levels);
 }
 
 template <class M>
-static void linear_on(const Weights &w, int64_t begin, int64_t end, int64_t tokens, const uint8_t *q, float *y,
-                      uint8_t *levels, const Weights *next) {
-    auto *of_tile = part_of_tile<M, 4>;
-    decltype(of_tile) of_part[] = {part_of_tile<M, 1>, part_of_tile<M, 2>, part_of_tile<M, 3>, of_tile};
-    int64_t parts = (end - begin + PART - 1) / PART;
+static void linear_on(const Weights &w, int64_t tokens, const uint8_t *q, float *y, uint8_t *levels,
+                      const Weights *next) {
+    int64_t parts = (w.outputs + PART - 1) / PART;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
         for (int64_t part = 0; part < parts; part++) {
-            int64_t first = begin + part * PART, last = std::min(end, first + PART);
-            const uint8_t *x = q + tile * w.inputs * T;
-            float *out = y ? y + (tile * (end - begin) + part * PART) * T : nullptr;
-            uint8_t *after = y ? nullptr : levels + tile * w.outputs * T;
-            of_part[used_vectors(tokens, tile) - 1](w, first, last, x, out, after, next);
+            int64_t first = part * PART, last = std::min(w.outputs, first + PART), place = tile * w.outputs * T;
+            on_tile<M>(w, next, tokens, tile, first, last, q, y ? y + place + first * T : nullptr, levels + place);
         }
 }
 
-// y: float tiles of end - begin features, the outputs from begin to end (multiples of four). Or, with y null, all
-// outputs through GELU into `levels`, as the layer `next` reads them.
-extern "C" void linear(const Weights *w, int64_t begin, int64_t end, int64_t tokens, const uint8_t *q, float *y,
-                       uint8_t *levels, const Weights *next) {
+// y: float tiles of w's outputs. Or, with y null, these through GELU into `levels`, as the layer `next` reads them.
+extern "C" void linear(const Weights *w, int64_t tokens, const uint8_t *q, float *y, uint8_t *levels,
+                       const Weights *next) {
     auto *on = w->portable ? linear_on<Portable> : linear_on<Machine>;
-    on(*w, begin, end, tokens, q, y, levels, next);
+    on(*w, tokens, q, y, levels, next);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -350,22 +372,29 @@ extern "C" void linear(const Weights *w, int64_t begin, int64_t end, int64_t tok
 
 struct Table { const int8_t *values; const float *scales, *plain; };        // int8 rows, or plain float32 ones
 
-// y, float tiles: the sum of `count` embeddings, table i at rows[i * tokens + token].
-extern "C" void embed(int64_t count, const Table *tables, const int64_t *rows, int64_t tokens, int64_t features,
-                      float *y) {
+// y, float tiles: the sum of `count` embeddings, table i at rows[i * stride + token]. By STRIP features at a time, so
+// that what is written stays in the first cache.
+static void embed(int64_t count, const Table *tables, const int64_t *rows, int64_t stride, int64_t tokens,
+                  int64_t features, float *y) {
+    constexpr int64_t STRIP = 64;
 #pragma omp parallel for
-    for (int64_t token = 0; token < tokens; token++)
-        for (int64_t f = 0; f < features; f++) {
-            float sum = 0.0f;
-            for (int64_t i = 0; i < count; i++) {
-                int64_t row = rows[i * tokens + token], at = row * features + f;
-                sum += tables[i].plain ? tables[i].plain[at] : tables[i].values[at] * tables[i].scales[row];
+    for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
+        for (int64_t strip = 0; strip < features; strip += STRIP)
+            for (int64_t token = tile * T; token < std::min(tokens, (tile + 1) * T); token++) {
+                int64_t size = std::min(STRIP, features - strip);
+                float sum[STRIP] = {};
+                for (int64_t i = 0; i < count; i++) {
+                    int64_t row = rows[i * stride + token], at = row * features + strip;
+                    if (tables[i].plain)
+                        for (int64_t f = 0; f < size; f++) sum[f] += tables[i].plain[at + f];
+                    else
+                        for (int64_t f = 0; f < size; f++) sum[f] += tables[i].values[at + f] * tables[i].scales[row];
+                }
+                for (int64_t f = 0; f < size; f++) y[(tile * features + strip + f) * T + token % T] = sum[f];
             }
-            y[(token / T * features + f) * T + token % T] = sum;
-        }
 }
 
-template <class M> static void quantize_on(int64_t tokens, const float *x, uint8_t *q, const Weights &next) {
+template <class M> static void quantize_on(int64_t tokens, const float *x, uint8_t *q, const Weights next) {
     int64_t features = next.inputs;
 #pragma omp parallel for
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
@@ -384,9 +413,11 @@ extern "C" void quantize(int64_t tokens, const float *x, uint8_t *q, const Weigh
     on(tokens, x, q, *next);
 }
 
+struct Norm { const float *gain, *bias; float epsilon; };
+
 template <class M, int N>
-static void layer_norm_of_tile(int64_t features, const float *x, const float *residual, const float *gain,
-                               const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+static void layer_norm_of_tile(int64_t features, const float *x, const float *residual, const Norm norm, float *y,
+                               uint8_t *q, const Weights *next) {
     floats sum[N] = {}, squares[N] = {}, rate[N];
     for (int64_t f = 0; f < features; f++)
         for (int v = 0; v < N; v++) {
@@ -403,13 +434,14 @@ static void layer_norm_of_tile(int64_t features, const float *x, const float *re
             squares[v] += d * d;
         }
     for (int v = 0; v < N; v++)
-        for (int i = 0; i < LANES; i++) rate[v][i] = 1.0f / std::sqrt(squares[v][i] / (float)features + epsilon);
+        for (int i = 0; i < LANES; i++) rate[v][i] = 1.0f / std::sqrt(squares[v][i] / (float)features + norm.epsilon);
     for (int64_t f = 0; f < features; f += 4) {
-        ints value[4][4] = {};
+        ints value[4][4];
+        if (N < 4) std::memset(value, 0, sizeof(value));
         for (int i = 0; i < 4; i++)
             for (int v = 0; v < N; v++) {
                 floats *at = (floats *)(y + (f + i) * T + v * LANES);
-                *at = (*at - sum[v]) * rate[v] * gain[f + i] + bias[f + i];
+                *at = (*at - sum[v]) * rate[v] * norm.gain[f + i] + norm.bias[f + i];
                 if (next) value[i][v] = level(*at, *next);
             }
         if (next) store_levels<M>(q, f, value, *next);
@@ -417,29 +449,29 @@ static void layer_norm_of_tile(int64_t features, const float *x, const float *re
 }
 
 template <class M>
-static void layer_norm_on(int64_t tokens, int64_t features, const float *x, const float *residual, const float *gain,
-                          const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+static void layer_norm_on(int64_t tokens, int64_t features, const float *x, const float *residual, const Norm &norm,
+                          float *y, uint8_t *q, const Weights *next) {
     auto *of_tile = layer_norm_of_tile<M, 4>;
     decltype(of_tile) of_part[] = {layer_norm_of_tile<M, 1>, layer_norm_of_tile<M, 2>, layer_norm_of_tile<M, 3>,
                                    of_tile};
 #pragma omp parallel for
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
         int64_t at = tile * features * T;
-        of_part[used_vectors(tokens, tile) - 1](features, x + at, residual ? residual + at : nullptr, gain, bias,
-                                                epsilon, y + at, q + at, next);
+        of_part[used_vectors(tokens, tile) - 1](features, x + at, residual ? residual + at : nullptr, norm, y + at,
+                                                q + at, next);
     }
 }
 
 // y = LayerNorm(x + residual) over the features of every token, float tiles; and its levels for `next`, unless that is
-// null. residual may be null, y may be x. features: a multiple of four.
-extern "C" void layer_norm(int64_t tokens, int64_t features, const float *x, const float *residual, const float *gain,
-                           const float *bias, float epsilon, float *y, uint8_t *q, const Weights *next) {
+// null. residual may be null, y may be x or residual. features: a multiple of four.
+extern "C" void layer_norm(int64_t tokens, int64_t features, const float *x, const float *residual, const Norm *norm,
+                           float *y, uint8_t *q, const Weights *next) {
     auto *on = next && next->portable ? layer_norm_on<Portable> : layer_norm_on<Machine>;
-    on(tokens, features, x, residual, gain, bias, epsilon, y, q, next);
+    on(tokens, features, x, residual, *norm, y, q, next);
 }
 
 // y: float tiles of the `count` tokens of x at `places`.
-extern "C" void select_tokens(int64_t count, const int64_t *places, int64_t features, const float *x, float *y) {
+static void select_tokens(int64_t count, const int64_t *places, int64_t features, const float *x, float *y) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t f = 0; f < features; f++)
             y[(i / T * features + f) * T + i % T] = x[(places[i] / T * features + f) * T + places[i] % T];
@@ -449,12 +481,13 @@ extern "C" void select_tokens(int64_t count, const int64_t *places, int64_t feat
 // Attention: softmax(Q K^T / sqrt(D)) V of every sequence and head. Sequences lie one after another without padding.
 
 constexpr int QUERIES = 2 * LANES;      // taken together: two vectors
+constexpr int ROWS = T == 64 ? 8 : 4;   // of a product at once: as many sums as there are registers for
 struct alignas(T) Line { float x[LANES]; };
 
-// The runs of floats that one head of `count` tokens, from token `begin` on, has in tiles, and in x[D][stride]:
-// copy(place in the tiles, place in x, bytes). `first`: the head's first feature.
+// The runs of floats that the tokens begin to begin + count have in tiles, D features from `first` on of `features`,
+// and in x[D][stride]: copy(place in the tiles, place in x, bytes).
 template <class Copy>
-static inline void each_run(int64_t features, int64_t begin, int64_t count, int64_t first, int64_t D, int64_t stride,
+static inline void each_run(int64_t features, int64_t first, int64_t D, int64_t begin, int64_t count, int64_t stride,
                             Copy copy) {
     for (int64_t d = 0; d < D; d++)
         for (int64_t t = 0; t < count;) {
@@ -484,11 +517,11 @@ static inline void multiply(int64_t depth, const float *rows, int64_t row_stride
 // which n are real; score is a scratch of [padded][QUERIES]. The result replaces the query.
 static void attend(int64_t n, int64_t padded, int64_t D, float *query, const float *key, const float *value,
                    float *score) {
-    floats top[2] = {broadcast(-1e30f), broadcast(-1e30f)}, total[2] = {}, out[4][2];
-    for (int64_t j = 0; j < n; j += 4) {            // rows beyond n are computed and not used
-        multiply<4>(D, key + j, 1, padded, query, out);
+    floats top[2] = {broadcast(-1e30f), broadcast(-1e30f)}, total[2] = {}, out[ROWS][2];
+    for (int64_t j = 0; j < n; j += ROWS) {         // rows beyond n are computed and not used
+        multiply<ROWS>(D, key + j, 1, padded, query, out);
         std::memcpy(score + j * QUERIES, out, sizeof(out));
-        for (int64_t r = 0; r < std::min<int64_t>(4, n - j); r++)
+        for (int64_t r = 0; r < std::min<int64_t>(ROWS, n - j); r++)
             for (int v = 0; v < 2; v++) top[v] = most(top[v], out[r][v]);
     }
     for (int64_t j = 0; j < n; j++)
@@ -498,51 +531,168 @@ static void attend(int64_t n, int64_t padded, int64_t D, float *query, const flo
             total[v] += *p;
         }
     for (int v = 0; v < 2; v++) total[v] = 1.0f / total[v];
-    for (int64_t d = 0; d < D; d += 4) {
-        multiply<4>(n, value + d * padded, padded, 1, score, out);
-        for (int r = 0; r < 4; r++)
+    for (int64_t d = 0, rows; d < D; d += rows) {
+        rows = D - d < ROWS ? 4 : ROWS;             // D is a multiple of four
+        if (rows == 4) multiply<4>(n, value + d * padded, padded, 1, score, out);
+        else multiply<ROWS>(n, value + d * padded, padded, 1, score, out);
+        for (int r = 0; r < rows; r++)
             for (int v = 0; v < 2; v++) *(floats *)(query + (d + r) * QUERIES + v * LANES) = out[r][v] * total[v];
     }
 }
 
-// context: float tiles of heads * D features, for the tokens of `query_starts`. Sequence s has the queries
-// query_starts[s] to query_starts[s + 1] of the buffer `query`, and the keys and values starts[s] to starts[s + 1] of
-// `key_value`. These are float tiles of query_features and key_value_features features; keys begin at feature
-// `key_first`, values follow them. context may be query.
-extern "C" void attention(int64_t sequences, const int64_t *query_starts, const int64_t *starts, int64_t heads,
-                          int64_t D, const float *query, int64_t query_features, const float *key_value,
-                          int64_t key_value_features, int64_t key_first, float *context) {
-    float scale = 1.44269504f / std::sqrt((float)D);
-#pragma omp parallel for collapse(2) schedule(dynamic, 1)
-    for (int64_t s = 0; s < sequences; s++)
-        for (int64_t head = 0; head < heads; head++) {
-            int64_t n = starts[s + 1] - starts[s], padded = (n + QUERIES - 1) / QUERIES * QUERIES;
-            thread_local std::vector<Line> scratch;                 // grows to the longest sequence, and is kept
-            size_t needed = (2 * D * padded + D * QUERIES + padded * QUERIES) / LANES;
-            if (scratch.size() < needed) scratch.resize(needed);
-            float *key = (float *)scratch.data(), *value = key + D * padded, *some = value + D * padded;
-            float *score = some + D * QUERIES, *const key_or_value[] = {key, value};
-            for (int part = 0; part < 2; part++)
-                each_run(key_value_features, starts[s], n, key_first + (part * heads + head) * D, D, padded,
-                         [=](int64_t tile, int64_t own, size_t size) {
-                             std::memcpy(key_or_value[part] + own, key_value + tile, size);
-                         });
-            for (int64_t begin = query_starts[s]; begin < query_starts[s + 1]; begin += QUERIES) {
-                int64_t count = std::min<int64_t>(QUERIES, query_starts[s + 1] - begin);
-                std::memset(some, 0, D * QUERIES * sizeof(float));
-                each_run(query_features, begin, count, head * D, D, QUERIES,
-                         [=](int64_t tile, int64_t own, size_t size) { std::memcpy(some + own, query + tile, size); });
-                for (int64_t i = 0; i < D * QUERIES; i++) some[i] *= scale;
-                attend(n, padded, D, some, key, value, score);
-                each_run(heads * D, begin, count, head * D, D, QUERIES,
-                         [=](int64_t tile, int64_t own, size_t size) {
-                             std::memcpy(context + tile, some + own, size);
-                         });
-            }
+// One head, as `attention` below has it: queries, keys and values from levels, into a scratch that stays in cache, then
+// attention. seconds[0] and [1] are what the two took.
+template <class M>
+static void one_head(const Weights &w, int64_t head, int64_t tokens, const uint8_t *q, int64_t sequences,
+                     const int64_t *starts, int64_t heads, int64_t D, bool first_only, float *context,
+                     double seconds[2]) {
+    int64_t longest = 0, whole = tiles_of(tokens) * T;
+    for (int64_t s = 0; s < sequences; s++) longest = std::max(longest, starts[s + 1] - starts[s]);
+    int64_t padded = (longest + QUERIES - 1) / QUERIES * QUERIES;
+    thread_local std::vector<Line> scratch;                         // grows to what is needed, and is kept
+    size_t needed = (3 * D * whole + 2 * D * padded + D * QUERIES + padded * QUERIES) / LANES;
+    if (scratch.size() < needed) scratch.resize(needed);
+    float *y = (float *)scratch.data(), *key = y + 3 * D * whole, *value = key + D * padded;
+    float *some = value + D * padded, *score = some + D * QUERIES, scale = 1.44269504f / std::sqrt((float)D);
+    double begun = omp_get_wtime();
+    for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
+        for (int64_t row = 0, size; row < 3 * D; row += size) {     // query, key, value
+            size = std::min<int64_t>(PART, D - row % D);
+            int64_t first = (row / D * heads + head) * D + row % D;
+            on_tile<M>(w, nullptr, tokens, tile, first, first + size, q, y + (tile * 3 * D + row) * T, nullptr);
         }
+    double halfway = omp_get_wtime();
+    for (int64_t s = 0; s < sequences; s++) {
+        int64_t n = starts[s + 1] - starts[s], queries = first_only ? 1 : n;
+        each_run(3 * D, D, D, starts[s], n, padded,
+                 [=](int64_t tile, int64_t own, size_t size) { std::memcpy(key + own, y + tile, size); });
+        each_run(3 * D, 2 * D, D, starts[s], n, padded,
+                 [=](int64_t tile, int64_t own, size_t size) { std::memcpy(value + own, y + tile, size); });
+        for (int64_t begin = 0; begin < queries; begin += QUERIES) {
+            int64_t count = std::min<int64_t>(QUERIES, queries - begin), place = first_only ? s : starts[s] + begin;
+            std::memset(some, 0, D * QUERIES * sizeof(float));
+            each_run(3 * D, 0, D, starts[s] + begin, count, QUERIES,
+                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(some + own, y + tile, size); });
+            for (int64_t i = 0; i < D * QUERIES; i++) some[i] *= scale;
+            attend(n, padded, D, some, key, value, score);
+            each_run(heads * D, head * D, D, place, count, QUERIES,
+                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(context + tile, some + own, size); });
+        }
+    }
+    seconds[0] = halfway - begun, seconds[1] = omp_get_wtime() - halfway;
+}
+
+// context: float tiles of heads * D features. Sequence s is the tokens starts[s] to starts[s + 1] of q; w has the
+// queries, then the keys, then the values of every head. first_only: just the first token of each sequence asks, and
+// the context has one token for each. seconds[0] and [1] grow by the time of products and attention.
+extern "C" void attention(const Weights *w, int64_t tokens, const uint8_t *q, int64_t sequences, const int64_t *starts,
+                          int64_t heads, int64_t D, int32_t first_only, float *context, double *seconds) {
+    auto *on = w->portable ? one_head<Portable> : one_head<Machine>;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t head = 0; head < heads; head++) {
+        double own[2];
+        on(*w, head, tokens, q, sequences, starts, heads, D, first_only, context, own);
+        for (int i = 0; i < 2; i++)
+#pragma omp atomic
+            seconds[i] += own[i] / omp_get_num_threads();
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// The encoder: embeddings and all layers
+
+struct Layer {
+    const Weights *query_key_value, *attention_output, *intermediate, *output;
+    Norm attention_norm, output_norm;
+};
+struct Encoder {
+    int64_t hidden, heads, tables, layers;
+    const Table *table;
+    Norm norm;                          // of the embeddings
+    const Layer *layer;
+    int32_t first_only;                 // of a sequence only the first token's result is wanted
+};
+enum Part { PRODUCTS, ATTENTION, ATTENTION_OUTPUT, INTERMEDIATE, OUTPUT, EMBEDDINGS, QUANTIZE, LAYER_NORM, PARTS };
+
+// Sequences are taken in groups of about so many tokens, whose activations fit the second cache.
+constexpr int64_t GROUP = 128;
+
+struct Clock {
+    double *seconds, begun = omp_get_wtime();
+    void stop(Part part) {
+        double now = omp_get_wtime();
+        seconds[part] += now - begun, begun = now;
+    }
+};
+
+// `sequences` sequences, of which `starts` begins with the first; ids[table * stride + token]. The result is rows of
+// hidden floats, one per token, or per sequence.
+static void encode_group(const Encoder &e, int64_t sequences, const int64_t *starts, const int64_t *ids, int64_t stride,
+                         float *result, double seconds[PARTS]) {
+    int64_t tokens = starts[sequences] - starts[0], hidden = e.hidden, inner = e.layer[0].intermediate->outputs;
+    std::vector<int64_t> own(starts, starts + sequences + 1);
+    for (int64_t &start : own) start -= starts[0];
+    thread_local std::vector<Line> scratch;
+    size_t lines = tiles_of(tokens) * 4;                            // of a feature, in float32
+    if (scratch.size() < lines * (4 * hidden + inner)) scratch.resize(lines * (4 * hidden + inner));
+    float *x = (float *)scratch.data(), *y = x + lines * LANES * hidden, *context = y + lines * LANES * hidden;
+    uint8_t *q = (uint8_t *)(context + lines * LANES * hidden), *wide = q + lines * T * hidden;
+    Clock clock{seconds};
+    embed(e.tables, e.table, ids + starts[0], stride, tokens, hidden, x);
+    clock.stop(EMBEDDINGS);
+    layer_norm(tokens, hidden, x, nullptr, &e.norm, x, q, e.layer[0].query_key_value);
+    clock.stop(LAYER_NORM);
+    for (int64_t number = 0; number < e.layers; number++) {
+        const Layer &layer = e.layer[number];
+        bool last = number == e.layers - 1, first_only = last && e.first_only;
+        attention(layer.query_key_value, tokens, q, sequences, own.data(), e.heads, hidden / e.heads, first_only,
+                  context, seconds + PRODUCTS);
+        clock.begun = omp_get_wtime();
+        if (first_only) {
+            select_tokens(sequences, own.data(), hidden, x, y);
+            std::swap(x, y);
+            tokens = sequences;
+        }
+        quantize(tokens, context, q, layer.attention_output);
+        clock.stop(QUANTIZE);
+        linear(layer.attention_output, tokens, q, y, nullptr, nullptr);
+        clock.stop(ATTENTION_OUTPUT);
+        layer_norm(tokens, hidden, y, x, &layer.attention_norm, x, q, layer.intermediate);
+        clock.stop(LAYER_NORM);
+        linear(layer.intermediate, tokens, q, nullptr, wide, layer.output);
+        clock.stop(INTERMEDIATE);
+        linear(layer.output, tokens, wide, y, nullptr, nullptr);
+        clock.stop(OUTPUT);
+        layer_norm(tokens, hidden, y, x, &layer.output_norm, x, q,
+                   last ? nullptr : e.layer[number + 1].query_key_value);
+        clock.stop(LAYER_NORM);
+    }
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t f = 0; f < hidden; f++) result[token * hidden + f] = x[(token / T * hidden + f) * T + token % T];
+}
+
+// Sequence s is the tokens starts[s] to starts[s + 1] of ids (tables, starts[sequences]). result: float32 rows of
+// hidden, one per token, or with first_only per sequence. times[PARTS], or null, grows by the seconds of each part.
+// Many groups are shared among the threads whole; of few, each product is.
+extern "C" void encode(const Encoder *e, int64_t sequences, const int64_t *starts, const int64_t *ids, int32_t threads,
+                       float *result, double *times) {
+    omp_set_num_threads(threads);
+    std::vector<int64_t> groups = {0};                              // first sequence of each, and the end
+    for (int64_t s = 1; s <= sequences; s++)
+        if (s == sequences || starts[s + 1] - starts[groups.back()] > GROUP) groups.push_back(s);
+    int64_t count = groups.size() - 1;
+    bool apart = count >= 2 * threads;
+#pragma omp parallel for schedule(dynamic, 1) if (apart)
+    for (int64_t g = 0; g < count; g++) {
+        double seconds[PARTS] = {};
+        int64_t first = groups[g];
+        encode_group(*e, groups[g + 1] - first, starts + first, ids, starts[sequences],
+                     result + (e->first_only ? first : starts[first]) * e->hidden, seconds);
+        for (int part = 0; times && part < PARTS; part++)
+#pragma omp atomic
+            times[part] += seconds[part] / (apart ? threads : 1);
+    }
+}
 
 extern "C" int32_t tokens_of_tile() { return T; }
 extern "C" const char *instructions() { return NAME; }

@@ -230,14 +230,17 @@ COSTS = (1.0, 2.9, 1.4)                     # of a block, of four on one interle
 RANGE = 768                                 # inputs of a tile that are taken together: 48 KB with AVX-512, 24 with AVX2
 POINTER, INTEGER, SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 SIGNATURES = {
-    "linear": [POINTER, INTEGER, INTEGER, INTEGER, POINTER, POINTER, POINTER, POINTER],
-    "embed": [INTEGER, POINTER, POINTER, INTEGER, INTEGER, POINTER],
+    "linear": [POINTER, INTEGER, POINTER, POINTER, POINTER, POINTER],
     "quantize": [INTEGER, POINTER, POINTER, POINTER],
-    "layer_norm": [INTEGER, INTEGER, POINTER, POINTER, POINTER, POINTER, ctypes.c_float, POINTER, POINTER, POINTER],
-    "select_tokens": [INTEGER, POINTER, INTEGER, POINTER, POINTER],
-    "attention": [INTEGER, POINTER, POINTER, INTEGER, INTEGER, POINTER, INTEGER, POINTER, INTEGER, INTEGER, POINTER],
+    "layer_norm": [INTEGER, INTEGER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER],
+    "attention": [POINTER, INTEGER, POINTER, INTEGER, POINTER, INTEGER, INTEGER, SMALL, POINTER, POINTER],
+    "encode": [POINTER, INTEGER, POINTER, POINTER, SMALL, POINTER, POINTER],
     "set_threads": [SMALL],
 }
+# The parts of `encode` that are timed, in the order of enum Part in infer_cpu.cpp; the first, and the third to fifth,
+# are the products of a layer.
+PARTS = ("query, key, value", "attention", "attention output", "intermediate", "output", "embeddings", "quantize",
+         "layer norm")
 
 
 def compiler():
@@ -344,23 +347,28 @@ def check_sums(library, bits, say):
 
 def check_floats(library):
     """Attention of two sequences, and the layer norm, against torch. NativeError if they differ."""
-    heads, size, tile = 2, 8, library.tokens_of_tile()
-    lengths = torch.tensor([tile + 3, 5])
-    tokens, width = int(lengths.sum()), heads * size
-    starts = F.pad(lengths.cumsum(0), (1, 0))
-    rows = torch.randn(tokens, 3 * width, generator=torch.Generator().manual_seed(0))
-    tiles, context = to_tiles(rows, tile), torch.empty(to_tiles(rows, tile).shape[0], width, tile)
-    library.attention(2, starts.data_ptr(), starts.data_ptr(), heads, size, tiles.data_ptr(), 3 * width,
-                      tiles.data_ptr(), 3 * width, width, context.data_ptr())
+    heads, size, tile = 2, 12, library.tokens_of_tile()
+    lengths, width, generator = [tile + 3, 5], heads * size, torch.Generator().manual_seed(0)
+    tokens, starts = sum(lengths), torch.tensor([0, lengths[0], sum(lengths)])
+    weight = torch.randint(-9, 10, (3 * width, width), generator=generator, dtype=torch.int8)
+    layer = quant.PackedLinear((3 * width, width), weight, None, torch.full((3 * width,), 0.01), torch.zeros(3 * width),
+                               torch.tensor(1.0), torch.tensor(50, dtype=torch.int32), 7)
+    x = torch.randint(-50, 78, (tokens, width), generator=generator).float()
+    weights, tiles = native_weights(library, [layer]), to_tiles(x, tile)
+    q, context, normed = torch.empty(tiles.shape, dtype=torch.uint8), torch.empty_like(tiles), torch.empty_like(tiles)
+    library.quantize(tokens, tiles.data_ptr(), q.data_ptr(), ctypes.addressof(weights))
+    library.attention(ctypes.addressof(weights), tokens, q.data_ptr(), 2, starts.data_ptr(), heads, size, 0,
+                      context.data_ptr(), (ctypes.c_double * 2)())
+    rows = quant.integer_forward(x, layer)
     expected = torch.cat([F.scaled_dot_product_attention(*part.view(-1, 3, heads, size).permute(1, 2, 0, 3))
-                          .transpose(0, 1).reshape(-1, width) for part in rows.split(lengths.tolist())])
-    gain, bias = rows[0, :width].contiguous(), rows[1, :width].contiguous()
-    normed = torch.empty_like(context)
-    library.layer_norm(tokens, width, context.data_ptr(), None, gain.data_ptr(), bias.data_ptr(), 1e-12,
-                       normed.data_ptr(), None, None)
-    if not (torch.allclose(from_tiles(context, tokens), expected, atol=1e-4) and
-            torch.allclose(from_tiles(normed, tokens), F.layer_norm(expected, (width,), gain, bias, 1e-12), atol=1e-2)):
-        raise NativeError("engine native gives wrong attention or layer norms on this machine; use another engine")
+                          .transpose(0, 1).reshape(-1, width) for part in rows.split(lengths)])
+    gain, bias = torch.rand(2, width, generator=generator)
+    norm = Norm(gain, bias, 1e-12)
+    library.layer_norm(tokens, width, context.data_ptr(), None, ctypes.addressof(norm), normed.data_ptr(), None, None)
+    for name, found, right in (("attention", context, expected), (
+            "layer norms", normed, F.layer_norm(from_tiles(context, tokens), (width,), gain, bias, 1e-12))):
+        if not torch.allclose(from_tiles(found, tokens), right, atol=1e-4 * float(right.abs().max())):
+            raise NativeError(f"engine native computes wrong {name} on this machine; use another engine")
 
 
 def instructions(library):
@@ -401,7 +409,7 @@ def native_weights(library, layers, form=None):
     if form is None:
         form = min(range(3), key=lambda form: COSTS[form] * np.sum(blocks[form]))
     scale = torch.cat([layer.input_scale * layer.weight_scale for layer in layers])
-    arrays = [*block_arrays(weight, form), weight.sum(1, dtype=np.int32),
+    arrays = [*block_arrays(weight, form, library.tokens_of_tile()), weight.sum(1, dtype=np.int32),
               *(F.pad(vector, (0, outputs - len(vector))).numpy() for vector in
                 (scale, torch.cat([layer.bias for layer in layers])))]
     weights = Weights(outputs, inputs, -(-inputs // RANGE), form, library.portable,
@@ -411,8 +419,9 @@ def native_weights(library, layers, form=None):
     return weights
 
 
-def block_arrays(weight, form):
-    """int8 (outputs, inputs) -> (starts, columns, blocks), int32, uint16, int32, as infer_cpu.cpp has them."""
+def block_arrays(weight, form, tile):
+    """int8 (outputs, inputs) -> (starts, columns, blocks), int32, uint16, int32, as infer_cpu.cpp has them. tile: its
+    tokens. WORDS have no columns, and two numbers a block."""
     starts, columns, blocks, total = [], [], [], 0
     for begin in range(0, weight.shape[1], RANGE):
         part, unit = np.ascontiguousarray(weight[:, begin:begin + RANGE]), 1
@@ -434,9 +443,11 @@ def block_arrays(weight, form):
             if form == STRIPES:                 # four inputs by four outputs -> four outputs by four inputs
                 values = np.ascontiguousarray(values.view(np.int8).reshape(-1, 4, 4).transpose(0, 2, 1))
         starts.append(total + np.cumsum(counts) - counts)
-        columns.append((column + begin // unit).astype(np.uint16))
-        blocks.append(values.view(np.int32).ravel())
-        total += counts.sum()
+        total, column, values = total + counts.sum(), column + begin // unit, values.view(np.int32).ravel()
+        if form == WORDS:                       # the row of a word is 4 * tile bytes long
+            values = np.stack([(4 * tile * column).astype(np.uint32).view(np.int32), values], axis=1).ravel()
+        columns.append(column.astype(np.uint16) if form != WORDS else np.zeros(0, np.uint16))
+        blocks.append(values)
     return np.append(np.concatenate(starts), total).astype(np.int32), np.concatenate(columns), np.concatenate(blocks)
 
 
@@ -452,8 +463,7 @@ def native_linear(library, packed, form=None):
         y = torch.empty(len(tiles), weights.outputs, tile)
         library.set_threads(torch.get_num_threads())
         library.quantize(len(rows), tiles.data_ptr(), levels.data_ptr(), ctypes.addressof(weights))
-        library.linear(ctypes.addressof(weights), 0, weights.outputs, len(rows), levels.data_ptr(), y.data_ptr(), None,
-                       None)
+        library.linear(ctypes.addressof(weights), len(rows), levels.data_ptr(), y.data_ptr(), None, None)
         return from_tiles(y, len(rows))[:, :out].reshape(*x.shape[:-1], out)
     return product, sum(array.nbytes for array in weights.arrays)
 
@@ -470,8 +480,36 @@ class Weights(ctypes.Structure):
 
 
 class Table(ctypes.Structure):
-    """struct Table of infer_cpu.cpp: an embedding."""
+    """struct Table of infer_cpu.cpp: an embedding, float32 or int8. It keeps alive what it points to."""
     _fields_ = [("values", POINTER), ("scales", POINTER), ("plain", POINTER)]
+
+    def __init__(self, module):
+        if isinstance(module, quant.Int8Embedding):
+            super().__init__(module.values.data_ptr(), module.scale.data_ptr(), None)
+        else:
+            super().__init__(None, None, module.weight.data_ptr())
+        self.module = module
+
+
+class Norm(ctypes.Structure):
+    """struct Norm of infer_cpu.cpp."""
+    _fields_ = [("gain", POINTER), ("bias", POINTER), ("epsilon", ctypes.c_float)]
+
+    def __init__(self, gain, bias, epsilon):
+        super().__init__(gain.data_ptr(), bias.data_ptr(), epsilon)
+        self.tensors = gain, bias
+
+
+class Layer(ctypes.Structure):
+    """struct Layer of infer_cpu.cpp."""
+    _fields_ = [*((name, POINTER) for name in ("query_key_value", "attention_output", "intermediate", "output")),
+                ("attention_norm", Norm), ("output_norm", Norm)]
+
+
+class EncoderStructure(ctypes.Structure):
+    """struct Encoder of infer_cpu.cpp."""
+    _fields_ = [*((name, INTEGER) for name in ("hidden", "heads", "tables", "layers")), ("table", POINTER),
+                ("norm", Norm), ("layer", POINTER), ("first_only", SMALL)]
 
 
 class NativeEncoder:
@@ -486,91 +524,46 @@ class NativeEncoder:
         config, encoder = model.config, model.encoder
         if config.hidden_size % (4 * config.num_attention_heads) or config.intermediate_size % 4:
             raise NativeError("engine native takes heads and intermediate layers whose sizes are multiples of four")
-        self.library, self.config, self.norm = library, config, encoder.norm
+        self.library, self.config = library, config
         self.first_token_only = model.kind == "classification"
-        self.spare = []                                             # buffers that no call is using
-        tables = [table for table in (encoder.word, encoder.position, encoder.token_type) if table is not None]
-        self.embeddings = [(table.values, table.scale) if isinstance(table, quant.Int8Embedding) else (table.weight,)
-                           for table in tables]
-        self.tables = (Table * len(tables))(*(
-            Table(None, None, table[0].data_ptr()) if len(table) == 1 else Table(*(part.data_ptr() for part in table))
-            for table in self.embeddings))
-        self.layers = []
+        self.tables = [Table(table) for table in (encoder.word, encoder.position, encoder.token_type)
+                       if table is not None]
+        self.rows = [len(table.module.values if table.values else table.module.weight) for table in self.tables]
+        self.weights, self.norms, layers = [], [], []
         for number, layer in enumerate(encoder.layers):
             groups = [[packed.pop(f"encoder.layers.{number}.{name}") for name in names] for names in
                       (("query", "key", "value"), ("attention_output",), ("intermediate",), ("output",))]
-            self.layers.append((*(native_weights(library, group) for group in groups),
-                                layer.attention_norm, layer.output_norm))
-
-    def weights(self):
-        """Every Weights of the encoder."""
-        return [weights for layer in self.layers for weights in layer[:4]]
+            self.weights.append([native_weights(library, group) for group in groups])
+            self.norms.append([Norm(module.weight, module.bias, module.eps) for module in
+                               (layer.attention_norm, layer.output_norm)])
+            layers.append(Layer(*map(ctypes.addressof, self.weights[-1]), *self.norms[-1]))
+        self.arrays = (Table * len(self.tables))(*self.tables), (Layer * len(layers))(*layers)
+        self.norm = Norm(encoder.norm.weight, encoder.norm.bias, encoder.norm.eps)
 
     def __call__(self, input_ids, attention_mask, token_type_ids, times=None):
-        """times: a dict to which the seconds of each part are added."""
+        """times: a dict to which the seconds of each of PARTS are added."""
         real = attention_mask.bool()
         if self.first_token_only and not bool(real[:, 0].all()):
             raise InputError("a row of the batch begins with padding, and the classifier reads its first token")
         ids = torch.stack([input_ids[real], real.nonzero()[:, 1], token_type_ids[real]][:len(self.tables)])
-        for (table, *_), column in zip(self.embeddings, ids):
-            if column.numel() and not 0 <= int(column.min()) <= int(column.max()) < len(table):
+        for count, column in zip(self.rows, ids):
+            if column.numel() and not 0 <= int(column.min()) <= int(column.max()) < count:
                 raise InputError(f"the ids of a batch, {int(column.min())} to {int(column.max())}, are not all in an "
-                                 f"embedding of {len(table)} rows")
-        starts = F.pad(real.sum(1).cumsum(0), (1, 0))
-        buffers = self.spare.pop() if self.spare else {}
-        hidden = self.run(ids, starts, buffers, {} if times is None else times)
-        self.spare.append(buffers)
+                                 f"embedding of {count} rows")
+        starts, (table, layer) = F.pad(real.sum(1).cumsum(0), (1, 0)), self.arrays
+        encoder = EncoderStructure(self.config.hidden_size, self.config.num_attention_heads, len(table), len(layer),
+                                   ctypes.addressof(table), self.norm, ctypes.addressof(layer), self.first_token_only)
+        hidden = torch.empty(len(real) if self.first_token_only else ids.shape[1], self.config.hidden_size)
+        seconds = (ctypes.c_double * len(PARTS))()
+        self.library.encode(ctypes.addressof(encoder), len(real), starts.data_ptr(), ids.data_ptr(),
+                            torch.get_num_threads(), hidden.data_ptr(), seconds)
+        if times is not None:
+            times.update({part: times.get(part, 0.0) + value for part, value in zip(PARTS, seconds)})
         if self.first_token_only:
             return hidden[:, None]
         padded = torch.zeros(*real.shape, hidden.shape[1])
         padded[real] = hidden
         return padded
-
-    def run(self, ids, starts, buffers, times):
-        """int64 ids (tables, tokens), starts (B + 1,) -> float32 (tokens, H); of a classifier (B, H)."""
-        library, hidden, inner = self.library, self.config.hidden_size, self.config.intermediate_size
-        heads, tile, (_, tokens) = self.config.num_attention_heads, library.tokens_of_tile(), ids.shape
-        rows, tiles = len(starts) - 1, max(1, -(-tokens // tile))
-        sizes = {"x": 4 * hidden, "first": 4 * hidden, "context": 4 * hidden, "y": 12 * hidden, "q": hidden,
-                 "wide": inner}                                     # bytes of a token
-        if len(buffers.get("q", ())) < tiles * tile * hidden:
-            buffers.update((name, torch.empty(tiles * tile * size, dtype=torch.uint8)) for name, size in sizes.items())
-        x, first, context, y, q, wide = (buffers[name].data_ptr() for name in sizes)
-        count, begin = torch.arange(rows + 1), starts.data_ptr()
-
-        def step(part, function, *arguments):
-            times[part] = times.get(part, 0.0) + seconds(partial(function, *arguments))
-
-        def norm(module, summand, residual, result, following):
-            step("layer norm", library.layer_norm, tokens, hidden, summand, residual, module.weight.data_ptr(),
-                 module.bias.data_ptr(), module.eps, result, q, following and ctypes.addressof(following))
-
-        library.set_threads(torch.get_num_threads())
-        step("embeddings", library.embed, len(ids), ctypes.addressof(self.tables), ids.data_ptr(), tokens, hidden, x)
-        norm(self.norm, x, None, x, self.layers[0][0])
-        for number, (*weights, attention_norm, output_norm) in enumerate(self.layers):
-            query_key_value, attention_output, intermediate, output = map(ctypes.addressof, weights)
-            last = number == len(self.layers) - 1
-            if last and self.first_token_only:
-                step("query, key, value", library.linear, query_key_value, hidden, 3 * hidden, tokens, q, y, None, None)
-                step("embeddings", library.select_tokens, rows, begin, hidden, x, first)
-                step("quantize", library.quantize, rows, first, q, query_key_value)
-                step("query, key, value", library.linear, query_key_value, 0, hidden, rows, q, context, None, None)
-                step("attention", library.attention, rows, count.data_ptr(), begin, heads, hidden // heads, context,
-                     hidden, y, 2 * hidden, 0, context)
-                x, tokens = first, rows
-            else:
-                step("query, key, value", library.linear, query_key_value, 0, 3 * hidden, tokens, q, y, None, None)
-                step("attention", library.attention, rows, begin, begin, heads, hidden // heads, y, 3 * hidden, y,
-                     3 * hidden, hidden, context)
-            step("quantize", library.quantize, tokens, context, q, attention_output)
-            step("attention output", library.linear, attention_output, 0, hidden, tokens, q, y, None, None)
-            norm(attention_norm, y, x, x, weights[2])
-            step("intermediate", library.linear, intermediate, 0, inner, tokens, q, None, wide, output)
-            step("output", library.linear, output, 0, hidden, tokens, wide, y, None, None)
-            norm(output_norm, y, x, x, None if last else self.layers[number + 1][0])
-        result = buffers["first" if self.first_token_only else "x"][:-(-tokens // tile) * tile * hidden * 4]
-        return from_tiles(result.view(torch.float32).view(-1, hidden, tile), tokens).contiguous()      # never a view
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -691,7 +684,7 @@ def native_engine(directory, model, packed, library):
         if name in packed:                          # the heads: the encoder has taken its own
             layer.kernel, layer_bytes = native_linear(library, packed[name])
             size += layer_bytes
-    weights = encoder.weights()
+    weights = [each for layer in encoder.weights for each in layer]
     counts = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(3))
     layout = ", ".join(f"{count} products in {form}" for count, form in counts if count)
     size += sum(array.nbytes for each in weights for array in each.arrays)
@@ -1001,33 +994,35 @@ def benchmark(settings, directory):
 def where_time_goes(engine, batch):
     """Prints the parts of engine native: {part: (ms, share, G operations/s, the same by the kernel at its best)}.
 
-    Operations are a multiplication and an addition per weight that lives and token (in attention: float32, per pair of
-    tokens and feature). At its best, a kernel finds its activations in the first cache: see `ceiling`.
+    Operations are a multiplication and an addition per weight that lives and token; in attention, in float32, per pair
+    of tokens and feature, for scores and for values. At its best, a kernel finds its activations in the first cache: see
+    `ceiling`.
     """
     encoder, whole, rounds = engine.model.encoder.kernel, [], []
     for _ in range(15):
         whole.append(seconds(partial(engine, batch)))
         rounds.append({})
         encoder(**batch, times=rounds[-1])
-    layers, tokens, rows = encoder.layers, int(batch["attention_mask"].sum()), len(batch["attention_mask"])
-    operations = {name: sum(2 * int(layer[index].nonzero.sum()) for layer in layers) * tokens for index, name in
-                  enumerate(("query, key, value", "attention output", "intermediate", "output"))}
-    if encoder.first_token_only:                        # of the last layer, all but keys and values for those alone
-        query, *others = layers[-1][:4]
-        skipped = [query.nonzero[:encoder.config.hidden_size], *(weights.nonzero for weights in others)]
-        for name, nonzero in zip(operations, skipped):
-            operations[name] -= 2 * int(nonzero.sum()) * (tokens - rows)
+    lengths, hidden = batch["attention_mask"].sum(1), encoder.config.hidden_size
+    all_tokens = int(lengths.sum())
+    tokens, pairs = ([value] * len(encoder.weights) for value in (all_tokens, int((lengths ** 2).sum())))
+    if encoder.first_token_only:                # in the last layer only these ask, and only they go on
+        tokens[-1], pairs[-1] = len(lengths), all_tokens
+    products = [name for name in PARTS if name in ("query, key, value", "attention output", "intermediate", "output")]
+    operations = {name: sum(2 * int(layer[index].nonzero.sum()) * (count if index else all_tokens)
+                            for layer, count in zip(encoder.weights, tokens)) for index, name in enumerate(products)}
+    operations["attention"] = 4 * hidden * sum(pairs)
     times = {part: statistics.median(each[part] for each in rounds) for part in rounds[0]}
     times["heads, Python"] = max(statistics.median(whole) - sum(times.values()), 0.0)
-    parts, ceilings = {}, {form: ceiling(encoder.library, form) for form in {each.form for each in encoder.weights()}}
+    parts, ceilings = {}, {form: ceiling(encoder.library, form) for form in
+                           {weights.form for layer in encoder.weights for weights in layer}}
     print("native, part              ms   share  G operations/s  at best")
     for part, value in times.items():
         rate = operations.get(part, 0) / value / 1e9
-        index = list(operations).index(part) if part in operations else None
-        best = ceilings[layers[0][index].form] if rate else 0.0
+        best = ceilings[encoder.weights[0][products.index(part)].form] if part in products else 0.0
         parts[part] = (1e3 * value, value / sum(times.values()), rate, best)
         print(f"{part:<20}{1e3 * value:>8.2f}  {value / sum(times.values()):>5.1%}"
-              + (f"  {rate:>14.0f}  {best:>7.0f}" if rate else ""))
+              + (f"  {rate:>14.0f}" if rate else "") + (f"  {best:>7.0f}" if best else ""))
     return parts
 
 
@@ -1039,8 +1034,7 @@ def ceiling(library, form):
         (rows, columns), weight, None, torch.ones(rows), torch.zeros(rows), torch.tensor(1.0),
         torch.tensor(0, dtype=torch.int32), 7)], form)
     levels, y = torch.zeros(tokens * columns, dtype=torch.uint8), torch.empty(tokens * rows)
-    call = partial(library.linear, ctypes.addressof(weights), 0, rows, tokens, levels.data_ptr(), y.data_ptr(), None,
-                   None)
+    call = partial(library.linear, ctypes.addressof(weights), tokens, levels.data_ptr(), y.data_ptr(), None, None)
     return 2 * rows * columns * tokens / min(seconds(call) for _ in range(200)) / 1e9
 
 

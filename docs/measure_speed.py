@@ -241,8 +241,8 @@ def layers(settings):
             y = torch.empty(tokens * out)
             x = torch.quantize_per_tensor(torch.randn(tokens, columns), 0.05, 100, torch.quint8)
             levels = x.int_repr()
-            calls = {"native": lambda: library.linear(ctypes.addressof(weights), 0, out, tokens, q.data_ptr(),
-                                                      y.data_ptr(), None, None),
+            calls = {"native": lambda: library.linear(ctypes.addressof(weights), tokens, q.data_ptr(), y.data_ptr(),
+                                                      None, None),
                      "FBGEMM": lambda: torch.ops.quantized.linear(x, prepacked, 1.0, 0),
                      "oneDNN": lambda: torch.ops.onednn.qlinear_pointwise(
                          levels, 0.05, 100, onednn, layer.weight_scale, zeros, layer.bias, 1.0, 0, torch.float32,
