@@ -634,6 +634,7 @@ def load(directory, engine="auto", threads=None, say=print):
 
 def load_fp32(directory):
     """Engine fp32: the plain weights, masked once."""
+    network.keep_freed_memory()
     kind, *_ = quant.kind_of(directory)
     model = network.load(directory, kind).eval().requires_grad_(False)
     for _, layer in linears(model):
@@ -654,6 +655,7 @@ def weight_files(path):
 
 def load_integer(directory, name, say=print):
     """Engine int8 or sparse, from int8.safetensors. Kernels are chosen by timing the largest layer of each pattern."""
+    network.keep_freed_memory()
     model, packed, metadata = quant.read_int8(directory)
     if metadata["activation_bits"] == "8" and quant.saturates():
         say("warning: this CPU has no VNNI, and 8-bit activations may saturate its INT8 product; quantize with "

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import ctypes
 import datetime
 import difflib
 import hashlib
@@ -1258,15 +1257,6 @@ them in RECIPES in train.py; the learning rate of pretrain and prune is not.
 """
 
 
-def keep_freed_memory():
-    """Ask glibc to keep freed memory: a step frees and takes the same large tensors, and fresh pages cost a third of
-    its time. Elsewhere there is no such call, and nothing is lost but that time."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(-3, 1 << 30)           # M_MMAP_THRESHOLD
-        set_option(-1, (1 << 31) - 1)     # M_TRIM_THRESHOLD
-
-
 def out_of_memory(error):
     """Does this exception say so? Python, PyTorch on the CPU and on CUDA, and C++ below them, each in its own words."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(
@@ -1289,7 +1279,7 @@ def plain_reason(error):
 
 def main(arguments=None):
     typed = parse_settings(arguments)
-    keep_freed_memory()
+    network.keep_freed_memory()
     try:
         stage = typed.get("stage", "all")
         if typed.get("recipe") == "help":

@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--rows", type=int, default=1, help="of 512 word pieces, in one forward pass [1]")
     parser.add_argument("--precision", default="auto", choices=train.CHOICES["precision"])
     arguments = parser.parse_args()
-    train.keep_freed_memory()
+    network.keep_freed_memory()
     settings = train.resolve({"preset": arguments.preset, "stage": "prune", "batch_size": arguments.rows,
                               "precision": arguments.precision})
     config, watch = network.PRESETS[arguments.preset], Stopwatch()

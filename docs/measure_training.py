@@ -65,7 +65,7 @@ def our_seconds(s, student, teacher, data):
 
 def pretrain_ours(preset, precision, steps, positions):
     """Seconds per step. One mask update falls into the run."""
-    train.keep_freed_memory()
+    network.keep_freed_memory()
     s = our_settings(preset, precision, steps, stage="prune", sparsity=0.5, batch_size=SIZES[preset], max_len=LENGTH,
                      kd_positions=positions, update_every=0.5, ramp_end=0.4)
     config = network.PRESETS[preset]
@@ -112,7 +112,7 @@ def pretrain_theirs(preset, precision, steps):
 
 def fine_tune_ours(precision, steps, folder, directory):
     """Seconds per step, from the published rows of SST-2."""
-    train.keep_freed_memory()
+    network.keep_freed_memory()
     s = our_settings("", precision, steps, stage="finetune", task="sst2", sparsity=0.0, data=folder, init=directory,
                      batch_size=TASK_ROWS, dropout=0.1)
     model, _, data, _ = train.build_model_and_data(s, Path(directory))

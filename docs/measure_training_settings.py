@@ -54,7 +54,7 @@ class RandomRows:
 
 def measure(preset, rows, length, steps, setting):
     """One setting in this process: {tokens_per_second, estimated_gb, peak_gb, loss of the last step}."""
-    train.keep_freed_memory()
+    network.keep_freed_memory()
     changes = dict(SETTINGS[setting])
     if "micro_batch" in changes:
         changes["micro_batch"] = max(1, rows // 4)
