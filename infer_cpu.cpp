@@ -21,9 +21,9 @@
 //     SCATTERED  any four inputs of one output (unstructured): four `rows` are interleaved for that output alone
 //
 // The bound. A CPU that loads and multiplies one vector a cycle (AMD Zen 4: 64 bytes) takes, for a block and T tokens,
-// four loads and half a cycle for the broadcast of the block: 4.5 cycles for 4 T multiplications and additions, 114
-// operations a cycle with T = 64. STRIPES loads a quarter of that and is bound by its multiplications, 128 operations a
-// cycle. SCATTERED adds eight shuffles to four multiplications: some 70.
+// four loads of tokens and one of the block: 5 cycles for 4 T multiplications and additions, 102 operations a cycle with
+// T = 64. STRIPES loads a quarter of that and is bound by its multiplications, 128 operations a cycle. SCATTERED adds
+// eight shuffles to four multiplications: some 70.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

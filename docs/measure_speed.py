@@ -217,7 +217,8 @@ def threads(settings):
 
 
 def layers(settings):
-    """One product, 1x4 80 %, levels in: ours, FBGEMM's static one (levels out) and oneDNN's (float32 out)."""
+    """One product, 1x4 80 %. Levels in: ours, FBGEMM's static one (levels out, a quarter of the bytes) and oneDNN's
+    (float32 out); float32 in and out: ours, which rounds with a given scale, and FBGEMM's dynamic one."""
     sys.path.insert(0, str(HOME))
     import ctypes
 
@@ -239,11 +240,18 @@ def layers(settings):
         for tokens in (128, 2048):
             q = torch.zeros(tokens * columns, dtype=torch.uint8)
             y = torch.empty(tokens * out)
-            x = torch.quantize_per_tensor(torch.randn(tokens, columns), 0.05, 100, torch.quint8)
+            plain = torch.randn(tokens, columns)            # in rows or in tiles: here only the time counts
+            x = torch.quantize_per_tensor(plain, 0.05, 100, torch.quint8)
             levels = x.int_repr()
+
+            def rounded_and_multiplied():
+                library.quantize(tokens, plain.data_ptr(), q.data_ptr(), ctypes.addressof(weights))
+                library.linear(ctypes.addressof(weights), tokens, q.data_ptr(), y.data_ptr(), None, None)
             calls = {"native": lambda: library.linear(ctypes.addressof(weights), tokens, q.data_ptr(), y.data_ptr(),
                                                       None, None),
                      "FBGEMM": lambda: torch.ops.quantized.linear(x, prepacked, 1.0, 0),
+                     "native, float32 in": rounded_and_multiplied,
+                     "FBGEMM, float32 in": lambda: torch.ops.quantized.linear_dynamic(plain, prepacked),
                      "oneDNN": lambda: torch.ops.onednn.qlinear_pointwise(
                          levels, 0.05, 100, onednn, layer.weight_scale, zeros, layer.bias, 1.0, 0, torch.float32,
                          "none", [], "")}
