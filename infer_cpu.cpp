@@ -633,10 +633,10 @@ static void encode_group(const Encoder &e, int64_t sequences, const int64_t *sta
     std::vector<int64_t> own(starts, starts + sequences + 1);
     for (int64_t &start : own) start -= starts[0];
     thread_local std::vector<Line> scratch;
-    size_t lines = tiles_of(tokens) * 4;                            // of a feature, in float32
-    if (scratch.size() < lines * (4 * hidden + inner)) scratch.resize(lines * (4 * hidden + inner));
-    float *x = (float *)scratch.data(), *y = x + lines * LANES * hidden, *context = y + lines * LANES * hidden;
-    uint8_t *q = (uint8_t *)(context + lines * LANES * hidden), *wide = q + lines * T * hidden;
+    size_t whole = tiles_of(tokens) * T;
+    if (scratch.size() < whole / T * (13 * hidden + inner)) scratch.resize(whole / T * (13 * hidden + inner));
+    float *x = (float *)scratch.data(), *y = x + whole * hidden, *context = y + whole * hidden;
+    uint8_t *q = (uint8_t *)(context + whole * hidden), *wide = q + whole * hidden;
     Clock clock{seconds};
     embed(e.tables, e.table, ids + starts[0], stride, tokens, hidden, x);
     clock.stop(EMBEDDINGS);

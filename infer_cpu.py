@@ -522,8 +522,9 @@ class NativeEncoder:
 
     def __init__(self, library, model, packed):
         config, encoder = model.config, model.encoder
-        if config.hidden_size % (4 * config.num_attention_heads) or config.intermediate_size % 4:
-            raise NativeError("engine native takes heads and intermediate layers whose sizes are multiples of four")
+        if (config.hidden_size % (4 * config.num_attention_heads) or config.intermediate_size % 4
+                or not config.num_hidden_layers):
+            raise NativeError("engine native takes layers whose heads and inner sizes are multiples of four")
         self.library, self.config = library, config
         self.first_token_only = model.kind == "classification"
         self.tables = [Table(table) for table in (encoder.word, encoder.position, encoder.token_type)
