@@ -21,9 +21,9 @@
 //     SCATTERED  any four inputs of one output (unstructured): four `rows` are interleaved for that output alone
 //
 // The bound. A CPU that loads and multiplies one vector a cycle (AMD Zen 4: 64 bytes) takes, for a block and T tokens,
-// four loads of tokens and one of the block: 5 cycles for 4 T multiplications and additions, 102 operations a cycle with
-// T = 64. STRIPES loads a quarter of that and is bound by its multiplications, 128 operations a cycle. SCATTERED adds
-// eight shuffles to four multiplications: some 70.
+// four loads of tokens and one of the block: 5 cycles for 4 T multiplications and additions, 102 operations a cycle
+// with T = 64. STRIPES loads a quarter of that and is bound by its multiplications, 128 operations a cycle. SCATTERED
+// adds eight shuffles to four multiplications: some 70.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -485,23 +485,23 @@ constexpr int ROWS = T == 64 ? 8 : 4;   // of a product at once: as many sums as
 struct alignas(T) Line { float x[LANES]; };
 
 // The runs of floats that the tokens begin to begin + count have in tiles, D features from `first` on of `features`,
-// and in x[D][stride]: copy(place in the tiles, place in x, bytes).
+// and in query[D][QUERIES]: copy(place in the tiles, place in query, bytes).
 template <class Copy>
-static inline void each_run(int64_t features, int64_t first, int64_t D, int64_t begin, int64_t count, int64_t stride,
-                            Copy copy) {
+static inline void each_run(int64_t features, int64_t first, int64_t D, int64_t begin, int64_t count, Copy copy) {
     for (int64_t d = 0; d < D; d++)
         for (int64_t t = 0; t < count;) {
             int64_t token = begin + t, run = std::min(count - t, T - token % T);
-            copy((token / T * features + first + d) * T + token % T, d * stride + t, run * sizeof(float));
+            copy((token / T * features + first + d) * T + token % T, d * QUERIES + t, run * sizeof(float));
             t += run;
         }
 }
 
-// out[r] = the sum over k of row r at k times columns[k], which are QUERIES floats; R rows, entries `step` apart
+// out[r] + the sum over k of row r at k times columns[k], which are QUERIES floats; R rows, their entries `step` apart
 template <int R>
 static inline void multiply(int64_t depth, const float *rows, int64_t row_stride, int64_t step, const float *columns,
                             floats out[R][2]) {
-    floats sum[R][2] = {};
+    floats sum[R][2];
+    std::memcpy(sum, out, sizeof(sum));
     for (int64_t k = 0; k < depth; k++) {
         const floats *c = (const floats *)(columns + k * QUERIES);
         floats left = c[0], right = c[1];
@@ -513,31 +513,46 @@ static inline void multiply(int64_t depth, const float *rows, int64_t row_stride
     std::memcpy(out, sum, sizeof(sum));
 }
 
-// QUERIES queries of one head: query[D][QUERIES] (already divided by sqrt(D) ln 2), key and value [D][padded], of
-// which n are real; score is a scratch of [padded][QUERIES]. The result replaces the query.
-static void attend(int64_t n, int64_t padded, int64_t D, float *query, const float *key, const float *value,
-                   float *score) {
-    floats top[2] = {broadcast(-1e30f), broadcast(-1e30f)}, total[2] = {}, out[ROWS][2];
-    for (int64_t j = 0; j < n; j += ROWS) {         // rows beyond n are computed and not used
-        multiply<ROWS>(D, key + j, 1, padded, query, out);
-        std::memcpy(score + j * QUERIES, out, sizeof(out));
-        for (int64_t r = 0; r < std::min<int64_t>(ROWS, n - j); r++)
+// R features from d on of what QUERIES queries get: probabilities times values, over the tokens begin to end.
+template <int R>
+static inline void weigh(const float *value, int64_t features, int64_t begin, int64_t end, const float *probability,
+                         const floats total[2], float *result) {
+    floats out[R][2] = {};
+    for (int64_t t = begin, next; t < end; t = next) {              // tile by tile
+        next = std::min(end, (t / T + 1) * T);
+        multiply<R>(next - t, value + t / T * features * T + t % T, T, 1, probability + (t - begin) * QUERIES, out);
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) *(floats *)(result + r * QUERIES + v * LANES) = out[r][v] * total[v];
+}
+
+// QUERIES queries of one head, query[D][QUERIES] (already divided by sqrt(D) ln 2), on the tokens begin to end. key and
+// value: D features in float tiles of `features`. score: [end - begin + 2 ROWS][QUERIES], a scratch. The result replaces
+// the query.
+static void attend(int64_t begin, int64_t end, int64_t D, int64_t features, const float *key, const float *value,
+                   float *query, float *score) {
+    floats top[2] = {broadcast(-1e30f), broadcast(-1e30f)}, total[2] = {};
+    int64_t aligned = begin / ROWS * ROWS;          // rows before `begin` and from `end` on are computed and not used
+    for (int64_t t = aligned; t < end; t += ROWS) {
+        floats out[ROWS][2] = {};
+        multiply<ROWS>(D, key + t / T * features * T + t % T, 1, T, query, out);
+        std::memcpy(score + (t - aligned) * QUERIES, out, sizeof(out));
+        for (int64_t r = std::max<int64_t>(0, begin - t); r < std::min<int64_t>(ROWS, end - t); r++)
             for (int v = 0; v < 2; v++) top[v] = most(top[v], out[r][v]);
     }
-    for (int64_t j = 0; j < n; j++)
+    float *probability = score + (begin - aligned) * QUERIES;
+    for (int64_t j = 0; j < end - begin; j++)
         for (int v = 0; v < 2; v++) {
-            floats *p = (floats *)(score + j * QUERIES + v * LANES);
+            floats *p = (floats *)(probability + j * QUERIES + v * LANES);
             *p = exp2(*p - top[v]);
             total[v] += *p;
         }
     for (int v = 0; v < 2; v++) total[v] = 1.0f / total[v];
-    for (int64_t d = 0, rows; d < D; d += rows) {
-        rows = D - d < ROWS ? 4 : ROWS;             // D is a multiple of four
-        if (rows == 4) multiply<4>(n, value + d * padded, padded, 1, score, out);
-        else multiply<ROWS>(n, value + d * padded, padded, 1, score, out);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < 2; v++) *(floats *)(query + (d + r) * QUERIES + v * LANES) = out[r][v] * total[v];
-    }
+    int64_t d = 0;
+    for (; d + ROWS <= D; d += ROWS)
+        weigh<ROWS>(value + d * T, features, begin, end, probability, total, query + d * QUERIES);
+    for (; d < D; d += 4)                           // D is a multiple of four
+        weigh<4>(value + d * T, features, begin, end, probability, total, query + d * QUERIES);
 }
 
 // One head, as `attention` below has it: queries, keys and values from levels, into a scratch that stays in cache, then
@@ -548,12 +563,10 @@ static void one_head(const Weights &w, int64_t head, int64_t tokens, const uint8
                      double seconds[2]) {
     int64_t longest = 0, whole = tiles_of(tokens) * T;
     for (int64_t s = 0; s < sequences; s++) longest = std::max(longest, starts[s + 1] - starts[s]);
-    int64_t padded = (longest + QUERIES - 1) / QUERIES * QUERIES;
     thread_local std::vector<Line> scratch;                         // grows to what is needed, and is kept
-    size_t needed = (3 * D * whole + 2 * D * padded + D * QUERIES + padded * QUERIES) / LANES;
+    size_t needed = (3 * D * whole + (D + longest + 2 * ROWS) * QUERIES) / LANES;
     if (scratch.size() < needed) scratch.resize(needed);
-    float *y = (float *)scratch.data(), *key = y + 3 * D * whole, *value = key + D * padded;
-    float *some = value + D * padded, *score = some + D * QUERIES, scale = 1.44269504f / std::sqrt((float)D);
+    float *y = (float *)scratch.data(), *query = y + 3 * D * whole, *score = query + D * QUERIES;
     double begun = omp_get_wtime();
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
         for (int64_t row = 0, size; row < 3 * D; row += size) {     // query, key, value
@@ -562,21 +575,18 @@ static void one_head(const Weights &w, int64_t head, int64_t tokens, const uint8
             on_tile<M>(w, nullptr, tokens, tile, first, first + size, q, y + (tile * 3 * D + row) * T, nullptr);
         }
     double halfway = omp_get_wtime();
+    float scale = 1.44269504f / std::sqrt((float)D);
     for (int64_t s = 0; s < sequences; s++) {
-        int64_t n = starts[s + 1] - starts[s], queries = first_only ? 1 : n;
-        each_run(3 * D, D, D, starts[s], n, padded,
-                 [=](int64_t tile, int64_t own, size_t size) { std::memcpy(key + own, y + tile, size); });
-        each_run(3 * D, 2 * D, D, starts[s], n, padded,
-                 [=](int64_t tile, int64_t own, size_t size) { std::memcpy(value + own, y + tile, size); });
+        int64_t queries = first_only ? 1 : starts[s + 1] - starts[s];
         for (int64_t begin = 0; begin < queries; begin += QUERIES) {
             int64_t count = std::min<int64_t>(QUERIES, queries - begin), place = first_only ? s : starts[s] + begin;
-            std::memset(some, 0, D * QUERIES * sizeof(float));
-            each_run(3 * D, 0, D, starts[s] + begin, count, QUERIES,
-                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(some + own, y + tile, size); });
-            for (int64_t i = 0; i < D * QUERIES; i++) some[i] *= scale;
-            attend(n, padded, D, some, key, value, score);
-            each_run(heads * D, head * D, D, place, count, QUERIES,
-                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(context + tile, some + own, size); });
+            std::memset(query, 0, D * QUERIES * sizeof(float));
+            each_run(3 * D, 0, D, starts[s] + begin, count,
+                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(query + own, y + tile, size); });
+            for (int64_t i = 0; i < D * QUERIES; i++) query[i] *= scale;
+            attend(starts[s], starts[s + 1], D, 3 * D, y + D * T, y + 2 * D * T, query, score);
+            each_run(heads * D, head * D, D, place, count,
+                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(context + tile, query + own, size); });
         }
     }
     seconds[0] = halfway - begun, seconds[1] = omp_get_wtime() - halfway;
