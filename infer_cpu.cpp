@@ -527,8 +527,8 @@ static inline void weigh(const float *value, int64_t features, int64_t begin, in
 }
 
 // QUERIES queries of one head, query[D][QUERIES] (already divided by sqrt(D) ln 2), on the tokens begin to end. key and
-// value: D features in float tiles of `features`. score: [end - begin + 2 ROWS][QUERIES], a scratch. The result replaces
-// the query.
+// value: D features in float tiles of `features`. score: a scratch [end - begin + 2 ROWS][QUERIES]. The result
+// replaces the query.
 static void attend(int64_t begin, int64_t end, int64_t D, int64_t features, const float *key, const float *value,
                    float *query, float *score) {
     floats top[2] = {broadcast(-1e30f), broadcast(-1e30f)}, total[2] = {};
