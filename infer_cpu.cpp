@@ -692,8 +692,7 @@ extern "C" void encode(const Encoder *e, int64_t sequences, const int64_t *start
         if (s == sequences || starts[s + 1] - starts[groups.back()] > GROUP) groups.push_back(s);
     int64_t count = groups.size() - 1;
     bool apart = count >= 2 * threads;
-#pragma omp parallel for schedule(dynamic, 1) if (apart)
-    for (int64_t g = 0; g < count; g++) {
+    auto one = [&](int64_t g) {
         double seconds[PARTS] = {};
         int64_t first = groups[g];
         encode_group(*e, groups[g + 1] - first, starts + first, ids, starts[sequences],
@@ -701,7 +700,12 @@ extern "C" void encode(const Encoder *e, int64_t sequences, const int64_t *start
         for (int part = 0; times && part < PARTS; part++)
 #pragma omp atomic
             times[part] += seconds[part] / (apart ? threads : 1);
-    }
+    };
+    if (apart) {
+#pragma omp parallel for schedule(dynamic, 1)
+        for (int64_t g = 0; g < count; g++) one(g);
+    } else                              // not `if (apart)` above: OpenMP would start new threads for every inner loop
+        for (int64_t g = 0; g < count; g++) one(g);
 }
 
 extern "C" int32_t tokens_of_tile() { return T; }
