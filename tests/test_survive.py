@@ -1,4 +1,5 @@
 """Runs that are hit: killed, out of disk, memory, files; and runs in several processes."""
+import contextlib
 import csv
 import json
 import os
@@ -179,13 +180,19 @@ def test_read_only_folder(world, tmp_path, capsys):
 
 
 def test_not_enough_memory(world, chain, tmp_path):
-    """The address space is limited before the loop of a resumed run, which asks for larger forward passes."""
+    """All memory but 100 MB is taken before the loop of a resumed run, which asks for larger forward passes."""
     def limit():
         loop = train.train
 
         def limited(*arguments):
-            room = 150_000_000 + int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (room, room))
+            size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            most = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (size, most))
+            taken = []                      # what earlier tests have freed, this process may still hold
+            with contextlib.suppress(RuntimeError):
+                while True:
+                    taken.append(torch.empty(2 ** 20))
+            resource.setrlimit(resource.RLIMIT_AS, (size + 100_000_000, most))
             return loop(*arguments)
         train.train = limited
 
