@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.profiler import record_function
 
 CHUNK_ELEMENTS = 2 ** 24         # logits in flight at once: 64 MB in float32, whatever batch, length and vocabulary are
+CACHED_ELEMENTS = 2 ** 18        # of those, what is turned into loss and gradient at once: 1 MB each
 
 
 def counts(batches):
@@ -128,13 +129,13 @@ def vocabulary_loss(student, teacher, features, teacher_features, labels, hard_s
 
 
 class VocabularyLoss(torch.autograd.Function):
-    """vocabulary_loss over chunks of rows. Each chunk's gradient is taken with its value, by hand: its logits can then
-    be freed, nothing is computed twice, and the vocabulary-sized numbers, half of a step's time where every position
-    is distilled, are gone over a third as often as by autograd."""
+    """vocabulary_loss over chunks of rows. Each chunk's gradient is taken with its value, by hand, and written over its
+    logits: they can then be freed, nothing is computed twice, and no other array is as large. What lies between the
+    products goes over a few rows at a time, which a CPU's cache holds."""
 
     @staticmethod
     def forward(ctx, features, weight, bias, taught, labels, hard_scale, kd_scale, temperature, wants_grad):
-        words, size = len(bias), max(1, CHUNK_ELEMENTS // len(bias))
+        words, size, few = len(bias), max(1, CHUNK_ELEMENTS // len(bias)), max(1, CACHED_ELEMENTS // len(bias))
         features, weight, bias = product_inputs(features, weight, bias)
         if taught is not None:
             taught_features, *taught_vocabulary = product_inputs(*taught)
@@ -142,22 +143,21 @@ class VocabularyLoss(torch.autograd.Function):
         hard, kd = torch.zeros(2, device=features.device)
         for begin in range(0, len(features), size):
             rows = slice(begin, begin + size)
-            logits = F.linear(features[rows], weight, bias).float()                         # (rows, V)
-            labelled = (labels[rows] != -100).nonzero()[:, 0]
-            value, hard_gradient = cross_entropy_and_gradient(logits[labelled], labels[rows][labelled])
-            hard += value
-            if taught is None:
-                gradient = torch.zeros_like(logits)
-            else:
-                taught_logits = F.linear(taught_features[rows], *taught_vocabulary).float()
-                value, gradient = divergence_and_gradient(logits, taught_logits, temperature)
-                kd += value
+            logits = F.linear(features[rows], weight, bias)                                 # (rows, V)
+            taught_logits = None if taught is None else F.linear(taught_features[rows], *taught_vocabulary)
+            for first in range(0, len(logits), few):
+                some = slice(first, first + few)
+                hard_value, kd_value, gradient = rows_loss(
+                    logits[some], None if taught is None else taught_logits[some], labels[rows][some], hard_scale,
+                    kd_scale, temperature)
+                hard += hard_value
+                kd += kd_value
+                if wants_grad:
+                    gradients[2] += gradient.sum(0)
+                    logits[some] = gradient
             if wants_grad:
-                gradient = gradient.mul_(kd_scale).index_add_(0, labelled, hard_gradient, alpha=hard_scale)
-                gradients[2] += gradient.sum(0)
-                gradient = gradient.to(weight.dtype)
-                gradients[0][rows] = gradient @ weight
-                gradients[1] += gradient.T @ features[rows]
+                gradients[0][rows] = logits @ weight
+                gradients[1] += logits.T @ features[rows]
         ctx.save_for_backward(*(gradients and (gradients[0], gradients[1][:words], gradients[2][:words])))
         ctx.mark_non_differentiable(hard, kd)
         return hard * hard_scale + kd * kd_scale, hard, kd
@@ -165,6 +165,18 @@ class VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         return *(gradient.mul_(grad) for gradient in ctx.saved_tensors), *[None] * 6
+
+
+def rows_loss(logits, taught, labels, hard_scale, kd_scale, temperature):
+    """(cross-entropy sum, KL sum, gradient of both, scaled, for the logits) of a few rows; logits, taught: (rows, V)."""
+    logits = logits.float()
+    labelled = (labels != -100).nonzero()[:, 0]
+    hard, hard_gradient = cross_entropy_and_gradient(logits[labelled], labels[labelled])
+    if taught is None:
+        kd, gradient = 0.0, torch.zeros_like(logits)
+    else:
+        kd, gradient = divergence_and_gradient(logits, taught.float(), temperature)
+    return hard, kd, gradient.mul_(kd_scale).index_add_(0, labelled, hard_gradient, alpha=hard_scale)
 
 
 def product_inputs(features, weight, bias):

@@ -81,11 +81,18 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
 
+def product_type(x):
+    """The type that matrix products of x are taken in: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class Linear(nn.Linear):
     """y = x (W * mask)^T + b, with the slots that the other rooms write to.
 
     mask        bool (out, in), True where a weight lives; written only by prune.py. The latent weight under a False
-                entry is kept, so that a pruned weight can return at a later mask update (arXiv 1710.01878).
+                entry is kept, so that a pruned weight can return at a later mask update (arXiv 1710.01878). None in a
+                frozen layer, whose weight is masked already.
     act_range   float (2,), running minimum and maximum of the input; written only by quant.py.
     fake_quant  None, or a function (x, weight, layer) -> (x, weight) that rounds both; set only by quant.py.
     prunable    False for heads: the layer says what may be pruned, never a pattern over names.
@@ -105,10 +112,20 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.kernel is not None:
             return self.kernel(x)
-        weight = self.weight * self.mask.view(torch.uint8)      # twice as fast as with bool
+        weight = self.weight
+        if self.fake_quant is None:
+            weight = weight.to(product_type(x))                 # now, so that the mask goes over half as many bytes
+        if self.mask is not None:
+            weight = weight * self.mask.view(torch.uint8)       # twice as fast as with bool
         if self.fake_quant is not None:
             x, weight = self.fake_quant(x, weight, self)
         return F.linear(x, weight, self.bias)
+
+    def freeze(self, dtype):
+        """For a teacher, which never changes: the mask goes into the weight once, and the weight stays in the type that
+        products are taken in."""
+        self.weight = nn.Parameter((self.weight * self.mask).to(dtype), requires_grad=False)
+        self.mask = None
 
 
 class Layer(nn.Module):
@@ -132,7 +149,8 @@ class Layer(nn.Module):
 
     def forward(self, x, mask):
         B, T, H = x.shape
-        query, key, value = (linear(x).view(B, T, self.heads, H // self.heads).transpose(1, 2)      # (B, A, T, D)
+        inputs = x.to(product_type(x))                                                  # once for all three
+        query, key, value = (linear(inputs).view(B, T, self.heads, H // self.heads).transpose(1, 2)     # (B, A, T, D)
                              for linear in (self.query, self.key, self.value))
         if x.device.type == "cpu":       # PyTorch's CPU attention: its backward is twice as slow in bf16 as in float32
             query, key, value = query.float(), key.float(), value.float()

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import datetime
 import difflib
 import hashlib
@@ -661,7 +662,8 @@ def run_stage(s):
             f"{len(data):,} rows an epoch; starts from {init or 'random weights'}, "
             f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
     memory = estimate_memory(s, model.to(s.device), teacher)
-    log.say(f"  will take about {memory / 1e9:.2f} GB of memory at its peak" + " in each process" * (processes() > 1))
+    log.say(f"  will take about {memory / 1e9:.2f} GB of memory at its peak" + " in each process" * (processes() > 1)
+            + f", or less: rows are padded to {s.max_len} tokens only where one is that long" * (model.kind != "pretraining"))
     seconds = train(s, model, teacher, data, inputs, log, out, state)
     if dist.is_initialized():
         dist.destroy_process_group()                      # the rest is for one
@@ -738,7 +740,18 @@ def load_teacher(s, directory, model, data, say):
     if directory is None:
         return None
     classes = {"num_labels": len(data.labels)} if model.kind == "classification" else {}
-    return network.load(directory, model.kind, **classes, say=say).to(s.device).eval().requires_grad_(False)
+    return freeze(s, network.load(directory, model.kind, **classes, say=say))
+
+
+def freeze(s, teacher):
+    """Make a model a teacher. Nothing of it changes any more, so its weights are masked and cast once, not in every
+    step."""
+    teacher.to(s.device).eval().requires_grad_(False)
+    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
+    for _, layer in network.linears(teacher):
+        layer.freeze(dtype)
+    teacher.encoder.word.to(dtype)
+    return teacher
 
 
 def prepare_layers(s, model):
@@ -776,13 +789,16 @@ def ramp_of(s):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory, before it is needed
 
-# Measured: arrays of a chunk's logits in float32 that are there at once while its loss and their gradient are computed,
-# without a teacher and with one; and what of earlier chunks the C library has not given back.
-LOGITS_KEPT, LOGITS_LEFT = {False: 4, True: 6}, 2
+# Measured with docs/measure_training_settings.py: what a heap takes for each byte in use, whatever its tensors leave free
+# between them.
+HEAP = 1.35
 
 
 def memory_now():
-    """Bytes that this process holds; 0 where the system does not tell (only Linux does)."""
+    """Bytes that this process uses, once the C library has given back what was freed; 0 where the system does not tell
+    (only Linux does)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return 0
@@ -816,15 +832,17 @@ def estimate_memory(s, model, teacher):
     shape = (rows, s.max_len, model.config.hidden_size)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layer, layers, hidden = kept_by_layer(s, model, shape), len(model.encoder.layers), 4 * math.prod(shape)
-    forward = 3 * hidden + (layers * hidden + layer if s.activation_checkpointing else layers * layer)
+    # A layer that is run again has its gradients beside it; without that, earlier layers' room takes them.
+    forward = 3 * hidden + (layers * hidden + 2 * layer if s.activation_checkpointing else layers * layer)
     if model.kind == "pretraining":
         words = model.encoder.word.weight
         positions = rows * s.max_len * (1 if teacher and s.kd_positions == "all" else 0.15)
-        forward += 2 * 4 * words.numel()                    # their gradient, and a chunk's share of it
-        logits = positions * len(words)
-        copies = LOGITS_KEPT[bool(teacher)] + LOGITS_LEFT * (logits > distill.CHUNK_ELEMENTS)
-        forward += int(4 * copies * min(distill.CHUNK_ELEMENTS, logits))
-    return now + 2 * weights + (weights + forward if rows * processes() < s.batch_size else max(weights, forward))
+        forward += 3 * 4 * words.numel()                # their gradient: as decoder, as input table, and the sum
+        logits, number = positions * len(words), 2 if s.precision == "bf16" else 4
+        chunks = min(2, math.ceil(logits / distill.CHUNK_ELEMENTS))                     # the next, before the last goes
+        forward += int(number * (1 + bool(teacher)) * chunks * min(distill.CHUNK_ELEMENTS, logits))
+    return now + int(HEAP * (2 * weights + (weights + forward if rows * processes() < s.batch_size
+                                            else max(weights, forward))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def main():
         network.save(network.build(config, "pretraining"), folder)
         watch.say("random weights, written to a file")
         student = network.load(folder, "pretraining").train()
-        teacher = network.load(folder, "pretraining").eval().requires_grad_(False)
+        teacher = train.freeze(settings, network.load(folder, "pretraining"))
         watch.say("student and teacher read from it")
     ramp = prune.Ramp(target=0.8, begin=0, end=1, update_end=1, every=1)
     optimizer = train.make_optimizer(settings, student)

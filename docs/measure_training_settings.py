@@ -39,17 +39,18 @@ class RandomRows:
 
     def __init__(self, config, length):
         self.config, self.length = config, length
+        self.generator = torch.Generator().manual_seed(0)           # not the global one: batches are made on a thread
 
     def rows(self, step, batch_size, begin, end):
         return range(begin, end)
 
     def collate(self, rows):
-        shape = (len(rows), self.length)
-        tokens = torch.randint(5, self.config.vocab_size, shape)
-        labels = torch.where(torch.rand(shape) < 0.15, tokens, -100)
+        shape, generator = (len(rows), self.length), self.generator
+        tokens = torch.randint(5, self.config.vocab_size, shape, generator=generator)
+        labels = torch.where(torch.rand(shape, generator=generator) < 0.15, tokens, -100)
         return {"input_ids": torch.where(labels == -100, tokens, 4), "attention_mask": torch.ones_like(tokens),
                 "token_type_ids": (torch.arange(self.length) >= self.length // 2).long().expand(shape),
-                "labels": labels, "next_sentence_label": torch.randint(2, shape[:1])}
+                "labels": labels, "next_sentence_label": torch.randint(2, shape[:1], generator=generator)}
 
 
 def measure(preset, rows, length, steps, setting):
@@ -67,7 +68,7 @@ def measure(preset, rows, length, steps, setting):
         torch.manual_seed(0)
         network.save(network.build(config, "pretraining"), folder)
         student, teacher = (network.load(folder, "pretraining") for _ in range(2))
-        teacher.eval().requires_grad_(False)
+        train.freeze(s, teacher)
         train.prepare_layers(s, student)
         estimate = train.estimate_memory(s, student, teacher)
         train.train(s, student, teacher, RandomRows(config, length), {}, train.Log(folder, 0), folder, None)

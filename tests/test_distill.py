@@ -458,10 +458,12 @@ def plain_vocabulary_loss(features, weight, bias, teacher_logits, labels, hard_s
     return hard_scale * F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") + kd_scale * kd
 
 
+@pytest.mark.parametrize("rows_at_once", [0.5, 3, 100])
 @pytest.mark.parametrize("rows_per_chunk", [0.5, 1, 2, 3, 5, 9, 10, 11, 100])
-def test_chunks_equal_the_whole(rows_per_chunk, monkeypatch):
+def test_chunks_equal_the_whole(rows_per_chunk, rows_at_once, monkeypatch):
     """Ten rows in chunks that do and do not divide them: value, and gradient for features, weight and bias."""
     monkeypatch.setattr(distill, "CHUNK_ELEMENTS", int(rows_per_chunk * 97))
+    monkeypatch.setattr(distill, "CACHED_ELEMENTS", int(rows_at_once * 97))
     student, teacher, generator = make(seed=0), make(seed=1), torch.Generator().manual_seed(2)
     features = torch.randn(10, 24, generator=generator, requires_grad=True)
     teacher_features = torch.randn(10, 24, generator=generator)

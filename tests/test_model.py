@@ -275,6 +275,28 @@ def test_bfloat16_autocast_is_close_to_float32(kind):
     assert float(F.cosine_similarity(rounded_gradients, gradients, dim=0)) > 0.99
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_linear_is_the_product_with_the_masked_weight(precision):
+    """Values and gradients, bit for bit in the type of the products; also once the layer is frozen."""
+    generator = torch.Generator().manual_seed(3)
+    layer, x = Linear(24, 40), torch.randn(2, 7, 24, generator=generator)
+    layer.mask.copy_(torch.rand(40, 24, generator=generator) > 0.6)
+    weight = layer.weight.detach().clone().requires_grad_()
+    bias = layer.bias.detach().clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        ours, expected = layer(x), F.linear(x, weight * layer.mask, bias)
+    assert ours.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert torch.equal(ours, expected)
+    ours.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    assert torch.equal(layer.weight.grad, weight.grad) and torch.equal(layer.bias.grad, bias.grad)
+    assert layer.weight.grad.dtype == torch.float32 and not layer.weight.grad[~layer.mask].any()
+    layer.freeze(torch.bfloat16 if precision == "bf16" else torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        assert torch.equal(layer(x), ours)
+    assert not layer.weight.requires_grad
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model directories, against `transformers`
 
