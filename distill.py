@@ -168,7 +168,7 @@ class VocabularyLoss(torch.autograd.Function):
 
 
 def rows_loss(logits, taught, labels, hard_scale, kd_scale, temperature):
-    """(cross-entropy sum, KL sum, gradient of both, scaled, for the logits) of a few rows; logits, taught: (rows, V)."""
+    """(cross-entropy sum, KL sum, scaled gradient of both for the logits) of a few rows; logits, taught: (rows, V)."""
     logits = logits.float()
     labelled = (labels != -100).nonzero()[:, 0]
     hard, hard_gradient = cross_entropy_and_gradient(logits[labelled], labels[labelled])

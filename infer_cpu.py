@@ -998,8 +998,8 @@ def where_time_goes(engine, batch):
     """Prints the parts of engine native: {part: (ms, share, G operations/s, the same by the kernel at its best)}.
 
     Operations are a multiplication and an addition per weight that lives and token; in attention, in float32, per pair
-    of tokens and feature, for scores and for values. At its best, a kernel finds its activations in the first cache: see
-    `ceiling`.
+    of tokens and feature, for scores and for values. At its best, a kernel finds its activations in the first cache
+    (`ceiling`).
     """
     encoder, whole, rounds = engine.model.encoder.kernel, [], []
     for _ in range(15):

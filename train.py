@@ -663,7 +663,7 @@ def run_stage(s):
             f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
     memory = estimate_memory(s, model.to(s.device), teacher)
     log.say(f"  will take about {memory / 1e9:.2f} GB of memory at its peak" + " in each process" * (processes() > 1)
-            + f", or less: rows are padded to {s.max_len} tokens only where one is that long" * (model.kind != "pretraining"))
+            + f", with rows of {s.max_len} tokens; shorter ones take less" * (model.kind != "pretraining"))
     seconds = train(s, model, teacher, data, inputs, log, out, state)
     if dist.is_initialized():
         dist.destroy_process_group()                      # the rest is for one
@@ -789,8 +789,7 @@ def ramp_of(s):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory, before it is needed
 
-# Measured with docs/measure_training_settings.py: what a heap takes for each byte in use, whatever its tensors leave free
-# between them.
+# Measured with docs/measure_training_settings.py: what a heap takes for each byte in use, for the gaps between tensors.
 HEAP = 1.35
 
 
