@@ -122,3 +122,18 @@ def test_training_speeds_are_the_measured_ones():
         cells = [f"{statistics.median(run[key] for run in found[f'{pair}|{precision}']):.{digits}f}"
                  for precision in ("fp32", "bf16") for key, digits in (("per_second", 0), ("peak_gb", 2))]
         assert f"| {pair.partition('|')[2]} | " + " | ".join(cells) + " |" in README
+
+    def ratios(key, what, ours, theirs, precision, digits):
+        """Of ours in bf16 to theirs."""
+        ours, theirs = (statistics.median(run[key] for run in found[f"{what}|{name}|{kind}"])
+                        for name, kind in ((ours, "bf16"), (theirs, precision)))
+        return f"{ours / theirs:.{digits}f}"
+
+    pretraining = [(size, "ours, all positions", "transformers, all positions") for size in ("minilm-l6", "bert-base")]
+    fast, lean, same = (" and ".join(ratios(key, *names, precision, digits) for names in pretraining)
+                        for key, precision, digits in (("per_second", "fp32", 1), ("peak_gb", "fp32", 2),
+                                                       ("per_second", "bf16", 1)))
+    task = " and ".join(ratios("per_second", "sst2", "ours", "transformers Trainer", precision, 1)
+                        for precision in ("fp32", "bf16"))
+    text = " ".join(README.split())
+    assert f"{fast} times as fast in {lean} of the memory; both in bf16: {same} times. SST-2: {task} times." in text
