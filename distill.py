@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
+from model import product_type
+
 CHUNK_ELEMENTS = 2 ** 24         # logits in flight at once: 64 MB in float32, whatever batch, length and vocabulary are
 CACHED_ELEMENTS = 2 ** 18        # of those, what is turned into loss and gradient at once: 1 MB each
 
@@ -183,8 +185,7 @@ def product_inputs(features, weight, bias):
     """features (N, H) and a decoder (V, H), (V,) in the type that products are taken in, V made a multiple of 16 by
     word pieces of probability 0: where a row of logits begins in the middle of a cache line, as with BERT's 30,522,
     float32 products take 1.4 times as long."""
-    device = features.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+    dtype = product_type(features)
     missing = -len(bias) % 16
     weight, bias = F.pad(weight.to(dtype), (0, 0, 0, missing)), F.pad(bias.to(dtype), (0, missing), value=-1e9)
     return features.to(dtype), weight, bias
