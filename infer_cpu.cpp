@@ -1,9 +1,9 @@
 // Sparse INT8 BERT on a CPU: the functions behind the engine `native` of infer_cpu.py, which compiles this file on
 // first use and calls it through a plain C interface. OpenMP threads, torch's own.
 //
-// Activations lie in tiles of T tokens, tokens innermost, T being the bytes of a vector register (64 with AVX-512, 32
-// with AVX2, 16 elsewhere). So every loop over tokens is a vector loop, and no sum is ever taken across a vector. A
-// buffer of n tokens and F features is ceil(n / T) tiles, each of them
+// Activations lie in tiles of T tokens, tokens innermost, T being the bytes of a vector register (64 with AVX-512
+// VNNI, 32 with AVX2, 16 elsewhere). So every loop over tokens is a vector loop, and no sum is ever taken across a
+// vector. A buffer of n tokens and F features is ceil(n / T) tiles, each of them
 //
 //     float   x[F][T]             one row per feature: four vectors
 //     words   q[F / 4][T][4]      uint8 levels; four consecutive features of one token are one 32-bit word
@@ -41,9 +41,11 @@ constexpr int T = 16;
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr int T = 64;
 #define VECTOR(name) _mm512_##name
+typedef __m512i vector;
 #elif defined(__AVX2__)
 constexpr int T = 32;
 #define VECTOR(name) _mm256_##name
+typedef __m256i vector;
 #else
 constexpr int T = 16;
 #endif
@@ -64,7 +66,7 @@ static inline floats most(floats a, floats b) { return a > b ? a : b; }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What differs from CPU to CPU: three functions, and the same three in plain C++, which the others are checked against.
+// What differs from CPU to CPU: three functions, and the same three in plain C++, for where the others are wrong.
 //     dot(sum, x, w)       sum[t] + (x[t][0] - OFFSET) w[0] + ... + (x[t][3] - OFFSET) w[3]: x uint8, w int8, sum int32
 //     interleave(q, x)     a vector of each of four `rows` -> their T words, in the order of the tokens
 //     narrow(x)            T int32 of 0 to 255, in the order of the tokens -> one of the `rows`
@@ -86,30 +88,33 @@ struct Portable {
     }
 };
 
-#if defined(PORTABLE)
-typedef Portable Machine;
-static const char *const NAME = "plain C++";
-#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(VECTOR)
+struct Shuffles {                       // within 128 bits each: what `interleave` mixes, `narrow` sorts
+    static inline void interleave(const bytes *const q[4], ints x[4]) {
+        vector a = (vector)*q[0], b = (vector)*q[1], c = (vector)*q[2], d = (vector)*q[3];
+        vector ab = VECTOR(unpacklo_epi8(a, b)), cd = VECTOR(unpacklo_epi8(c, d));
+        x[0] = (ints)VECTOR(unpacklo_epi16(ab, cd)), x[1] = (ints)VECTOR(unpackhi_epi16(ab, cd));
+        ab = VECTOR(unpackhi_epi8(a, b)), cd = VECTOR(unpackhi_epi8(c, d));
+        x[2] = (ints)VECTOR(unpacklo_epi16(ab, cd)), x[3] = (ints)VECTOR(unpackhi_epi16(ab, cd));
+    }
+    static inline bytes narrow(const ints x[4]) {
+        vector low = VECTOR(packs_epi32((vector)x[0], (vector)x[1]));
+        vector high = VECTOR(packs_epi32((vector)x[2], (vector)x[3]));
+        return (bytes)VECTOR(packus_epi16(low, high));
+    }
+};
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(PORTABLE)
 static const char *const NAME = "AVX-512 VNNI";
-struct Machine {
+struct Machine : Shuffles {
     static constexpr int OFFSET = 0;
     static inline ints dot(ints sum, ints x, ints w) {
         return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
     }
-    static inline void interleave(const bytes *const q[4], ints x[4]) {
-        __m512i a = (__m512i)*q[0], b = (__m512i)*q[1], c = (__m512i)*q[2], d = (__m512i)*q[3];
-        __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
-        x[0] = (ints)_mm512_unpacklo_epi16(ab, cd), x[1] = (ints)_mm512_unpackhi_epi16(ab, cd);
-        ab = _mm512_unpackhi_epi8(a, b), cd = _mm512_unpackhi_epi8(c, d);
-        x[2] = (ints)_mm512_unpacklo_epi16(ab, cd), x[3] = (ints)_mm512_unpackhi_epi16(ab, cd);
-    }
-    static inline bytes narrow(const ints x[4]) {
-        return (bytes)_mm512_packus_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]),
-                                          _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]));
-    }
 };
-#elif defined(__AVX2__)
-struct Machine {
+#elif defined(__AVX2__) && !defined(PORTABLE)
+struct Machine : Shuffles {
     static constexpr int OFFSET = 0;
     static inline ints dot(ints sum, ints x, ints w) {
         __m256i s = (__m256i)sum, a = (__m256i)x, b = (__m256i)w;
@@ -124,24 +129,13 @@ struct Machine {
         return (ints)_mm256_add_epi32(s, _mm256_add_epi32(even, odd));
 #endif
     }
-    static inline void interleave(const bytes *const q[4], ints x[4]) {
-        __m256i a = (__m256i)*q[0], b = (__m256i)*q[1], c = (__m256i)*q[2], d = (__m256i)*q[3];
-        __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
-        x[0] = (ints)_mm256_unpacklo_epi16(ab, cd), x[1] = (ints)_mm256_unpackhi_epi16(ab, cd);
-        ab = _mm256_unpackhi_epi8(a, b), cd = _mm256_unpackhi_epi8(c, d);
-        x[2] = (ints)_mm256_unpacklo_epi16(ab, cd), x[3] = (ints)_mm256_unpackhi_epi16(ab, cd);
-    }
-    static inline bytes narrow(const ints x[4]) {
-        return (bytes)_mm256_packus_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]),
-                                          _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
-    }
 };
 #if defined(__AVXVNNI__)
 static const char *const NAME = "AVX-VNNI";
 #else
 static const char *const NAME = "AVX2";
 #endif
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(PORTABLE)
 struct Machine {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
     static constexpr int OFFSET = 0;
@@ -197,12 +191,15 @@ struct Weights {
     int32_t zero_point, highest;        // of the input's levels
 };
 
-// Nearest level, half to even: adding 1.5 * 2^23 leaves no bits for the fraction.
+// 1.5 * 2^23: a float of that size has no bits for a fraction, so that adding it rounds, half to even.
+constexpr float ROUNDING = 12582912.0f;
+
+// Nearest level.
 static inline ints level(floats x, const Weights &next) {
-    const floats magic = broadcast(12582912.0f);
+    const floats rounding = broadcast(ROUNDING);
     floats low = broadcast((float)-next.zero_point), high = broadcast((float)(next.highest - next.zero_point));
     x = least(most(x * next.reciprocal, low), high);
-    return (ints)(x + magic) - (ints)magic + next.zero_point;
+    return (ints)(x + rounding) - (ints)rounding + next.zero_point;
 }
 
 // Four features of a tile, from `feature` on, into the layout that the layer `next` reads.
@@ -226,9 +223,9 @@ static inline int used_vectors(int64_t tokens, int64_t tile) {
 
 // 2^x for x <= 0, relative error 2e-7: 2^whole by its exponent bits, 2^fraction by a polynomial on [-1/2, 1/2].
 static inline floats exp2(floats x) {
-    const floats magic = broadcast(12582912.0f);
+    const floats rounding = broadcast(ROUNDING);
     x = most(x, broadcast(-126.0f));
-    floats whole = (x + magic) - magic, f = x - whole, p = broadcast(1.54035304e-4f);
+    floats whole = (x + rounding) - rounding, f = x - whole, p = broadcast(1.54035304e-4f);
     for (float k : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
         p = p * f + k;
     return (floats)((ints)p + (__builtin_convertvector(whole, ints) << 23));
@@ -246,17 +243,18 @@ static inline floats gelu(floats x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Linear layers. One thread takes a tile and PART outputs, four at a time: their sums lie in registers, and then come
-// at once scale, bias and what follows. Where the inputs are taken in ranges, sums wait between them.
+// Linear layers. One thread takes a tile and OUTPUTS outputs, four at a time: their sums lie in registers, and at once
+// come scale, bias and what follows. Where the inputs are taken in ranges, sums wait between them.
 // N = used vectors. `starts` are those of the outputs at hand.
 
-constexpr int PART = 96;
-constexpr int AHEAD = 1024, ROW = 48;   // blocks: how far ahead of their use weights are fetched, how many at a time
+constexpr int OUTPUTS = 96;
+// Of `words`, in blocks: how far ahead of their use weights are fetched, and how many, eight to a line of the cache.
+constexpr int AHEAD = 1024, FETCHED = 48;
 
 template <class M, int N>
 static inline void words(const Weights &w, const int32_t *starts, const uint8_t *q, ints *s) {
     const uint64_t *block = (const uint64_t *)w.blocks;
-    for (int ahead = 0; ahead < ROW; ahead += 8) __builtin_prefetch(block + starts[0] + AHEAD + ahead);
+    for (int ahead = 0; ahead < FETCHED; ahead += 8) __builtin_prefetch(block + starts[0] + AHEAD + ahead);
     for (int32_t b = starts[0]; b < starts[1]; b++) {
         uint64_t place_and_weights = block[b];              // one load: loads are what bounds this loop
         const ints *x = (const ints *)(q + (uint32_t)place_and_weights);
@@ -297,19 +295,20 @@ static inline floats scaled(const Weights &w, int64_t output, ints sum) {
     return __builtin_convertvector(sum, floats) * w.scales[output] + w.bias[output];
 }
 
-// The outputs first to last of one tile: into y, float32, or with y null through GELU into the `levels` of `next`. The
-// two Weights are copies, so that the compiler knows that no store changes them.
+// The outputs first to last of one tile: into y, float32, which begins at output `first`; or with y null through GELU
+// into the `levels` of `next`, which begin at output 0. The two Weights are copies, so that the compiler knows that no
+// store changes them.
 template <class M, int N, int FORM>
 static void part_of_tile(const Weights w, const Weights next, int64_t first, int64_t last, const uint8_t *q, float *y,
                          uint8_t *levels) {
-    ints waiting[PART][N];
+    ints waiting[OUTPUTS][N];
     for (int64_t chunk = 0; chunk < w.chunks; chunk++)
         for (int64_t output = first; output < last; output += 4) {
-            ints s[4][N], (*own)[N] = waiting + (output - first);
+            ints s[4][N], (*kept)[N] = waiting + (output - first);
             const int32_t *starts = w.starts + (chunk * w.outputs + output) / (FORM == STRIPES ? 4 : 1);
             for (int o = 0; o < 4; o++)
                 for (int v = 0; v < N; v++)
-                    s[o][v] = chunk ? own[o][v] : broadcast((M::OFFSET - w.zero_point) * w.sums[output + o]);
+                    s[o][v] = chunk ? kept[o][v] : broadcast((M::OFFSET - w.zero_point) * w.sums[output + o]);
             if constexpr (FORM == STRIPES) stripes<M, N>(w, starts, q, s);
             else
 #pragma GCC unroll 4
@@ -318,7 +317,7 @@ static void part_of_tile(const Weights w, const Weights next, int64_t first, int
                     else scattered<M, N>(w, starts + o, q, s[o]);
             if (chunk < w.chunks - 1) {
                 for (int o = 0; o < 4; o++)
-                    for (int v = 0; v < N; v++) own[o][v] = s[o][v];
+                    for (int v = 0; v < N; v++) kept[o][v] = s[o][v];
             } else if (y) {
                 for (int o = 0; o < 4; o++)
                     for (int v = 0; v < N; v++)
@@ -333,30 +332,31 @@ static void part_of_tile(const Weights w, const Weights next, int64_t first, int
         }
 }
 
-// The outputs first to last, at most PART, of one tile, as part_of_tile has them.
+// The outputs first to last, at most OUTPUTS, of one tile, as part_of_tile has them.
 template <class M>
 static void on_tile(const Weights &w, const Weights *next, int64_t tokens, int64_t tile, int64_t first, int64_t last,
                     const uint8_t *q, float *y, uint8_t *levels) {
     typedef decltype(&part_of_tile<M, 4, WORDS>) Function;
-    static const Function of_part[3][4] = {
+    static const Function chosen[3][4] = {
         {part_of_tile<M, 1, WORDS>, part_of_tile<M, 2, WORDS>, part_of_tile<M, 3, WORDS>, part_of_tile<M, 4, WORDS>},
         {part_of_tile<M, 1, STRIPES>, part_of_tile<M, 2, STRIPES>, part_of_tile<M, 3, STRIPES>,
          part_of_tile<M, 4, STRIPES>},
         {part_of_tile<M, 1, SCATTERED>, part_of_tile<M, 2, SCATTERED>, part_of_tile<M, 3, SCATTERED>,
          part_of_tile<M, 4, SCATTERED>}};
-    of_part[w.form][used_vectors(tokens, tile) - 1](w, next ? *next : w, first, last, q + tile * w.inputs * T, y,
-                                                    levels);
+    auto *function = chosen[w.form][used_vectors(tokens, tile) - 1];
+    function(w, next ? *next : w, first, last, q + tile * w.inputs * T, y, levels);
 }
 
 template <class M>
 static void linear_on(const Weights &w, int64_t tokens, const uint8_t *q, float *y, uint8_t *levels,
                       const Weights *next) {
-    int64_t parts = (w.outputs + PART - 1) / PART;
+    int64_t parts = (w.outputs + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
         for (int64_t part = 0; part < parts; part++) {
-            int64_t first = part * PART, last = std::min(w.outputs, first + PART), place = tile * w.outputs * T;
-            on_tile<M>(w, next, tokens, tile, first, last, q, y ? y + place + first * T : nullptr, levels + place);
+            int64_t first = part * OUTPUTS, last = std::min(w.outputs, first + OUTPUTS), place = tile * w.outputs * T;
+            on_tile<M>(w, next, tokens, tile, first, last, q, y ? y + place + first * T : nullptr,
+                       levels ? levels + place : nullptr);
         }
 }
 
@@ -451,14 +451,14 @@ static void layer_norm_of_tile(int64_t features, const float *x, const float *re
 template <class M>
 static void layer_norm_on(int64_t tokens, int64_t features, const float *x, const float *residual, const Norm &norm,
                           float *y, uint8_t *q, const Weights *next) {
-    auto *of_tile = layer_norm_of_tile<M, 4>;
-    decltype(of_tile) of_part[] = {layer_norm_of_tile<M, 1>, layer_norm_of_tile<M, 2>, layer_norm_of_tile<M, 3>,
-                                   of_tile};
+    typedef decltype(&layer_norm_of_tile<M, 4>) Function;
+    static const Function chosen[4] = {layer_norm_of_tile<M, 1>, layer_norm_of_tile<M, 2>, layer_norm_of_tile<M, 3>,
+                                       layer_norm_of_tile<M, 4>};
 #pragma omp parallel for
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
         int64_t at = tile * features * T;
-        of_part[used_vectors(tokens, tile) - 1](features, x + at, residual ? residual + at : nullptr, norm, y + at,
-                                                q + at, next);
+        chosen[used_vectors(tokens, tile) - 1](features, x + at, residual ? residual + at : nullptr, norm, y + at,
+                                               next ? q + at : nullptr, next);
     }
 }
 
@@ -482,7 +482,7 @@ static void select_tokens(int64_t count, const int64_t *places, int64_t features
 
 constexpr int QUERIES = 2 * LANES;      // taken together: two vectors
 constexpr int ROWS = T == 64 ? 8 : 4;   // of a product at once: as many sums as there are registers for
-struct alignas(T) Line { float x[LANES]; };
+struct alignas(T) Line { float x[LANES]; };         // a vector in memory that grows aligned
 
 // The runs of floats that the tokens begin to begin + count have in tiles, D features from `first` on of `features`,
 // and in query[D][QUERIES]: copy(place in the tiles, place in query, bytes).
@@ -496,7 +496,8 @@ static inline void each_run(int64_t features, int64_t first, int64_t D, int64_t 
         }
 }
 
-// out[r] + the sum over k of row r at k times columns[k], which are QUERIES floats; R rows, their entries `step` apart
+// out[r] + the sum over k of row r at k times columns[k], which are QUERIES floats; R rows, row_stride apart, their
+// entries `step` apart.
 template <int R>
 static inline void multiply(int64_t depth, const float *rows, int64_t row_stride, int64_t step, const float *columns,
                             floats out[R][2]) {
@@ -513,17 +514,18 @@ static inline void multiply(int64_t depth, const float *rows, int64_t row_stride
     std::memcpy(out, sum, sizeof(sum));
 }
 
-// R features from d on of what QUERIES queries get: probabilities times values, over the tokens begin to end.
+// R features of what QUERIES queries get, `value` being the first of them: probabilities times values, over the tokens
+// begin to end, divided by the probabilities' total.
 template <int R>
 static inline void weigh(const float *value, int64_t features, int64_t begin, int64_t end, const float *probability,
-                         const floats total[2], float *result) {
+                         const floats reciprocal[2], float *result) {
     floats out[R][2] = {};
     for (int64_t t = begin, next; t < end; t = next) {              // tile by tile
         next = std::min(end, (t / T + 1) * T);
         multiply<R>(next - t, value + t / T * features * T + t % T, T, 1, probability + (t - begin) * QUERIES, out);
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < 2; v++) *(floats *)(result + r * QUERIES + v * LANES) = out[r][v] * total[v];
+        for (int v = 0; v < 2; v++) *(floats *)(result + r * QUERIES + v * LANES) = out[r][v] * reciprocal[v];
 }
 
 // QUERIES queries of one head, query[D][QUERIES] (already divided by sqrt(D) ln 2), on the tokens begin to end. key and
@@ -547,12 +549,12 @@ static void attend(int64_t begin, int64_t end, int64_t D, int64_t features, cons
             *p = exp2(*p - top[v]);
             total[v] += *p;
         }
-    for (int v = 0; v < 2; v++) total[v] = 1.0f / total[v];
+    const floats reciprocal[2] = {1.0f / total[0], 1.0f / total[1]};
     int64_t d = 0;
     for (; d + ROWS <= D; d += ROWS)
-        weigh<ROWS>(value + d * T, features, begin, end, probability, total, query + d * QUERIES);
+        weigh<ROWS>(value + d * T, features, begin, end, probability, reciprocal, query + d * QUERIES);
     for (; d < D; d += 4)                           // D is a multiple of four
-        weigh<4>(value + d * T, features, begin, end, probability, total, query + d * QUERIES);
+        weigh<4>(value + d * T, features, begin, end, probability, reciprocal, query + d * QUERIES);
 }
 
 // One head, as `attention` below has it: queries, keys and values from levels, into a scratch that stays in cache, then
@@ -570,7 +572,7 @@ static void one_head(const Weights &w, int64_t head, int64_t tokens, const uint8
     double begun = omp_get_wtime();
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
         for (int64_t row = 0, size; row < 3 * D; row += size) {     // query, key, value
-            size = std::min<int64_t>(PART, D - row % D);
+            size = std::min<int64_t>(OUTPUTS, D - row % D);
             int64_t first = (row / D * heads + head) * D + row % D;
             on_tile<M>(w, nullptr, tokens, tile, first, first + size, q, y + (tile * 3 * D + row) * T, nullptr);
         }
@@ -582,30 +584,43 @@ static void one_head(const Weights &w, int64_t head, int64_t tokens, const uint8
             int64_t count = std::min<int64_t>(QUERIES, queries - begin), place = first_only ? s : starts[s] + begin;
             std::memset(query, 0, D * QUERIES * sizeof(float));
             each_run(3 * D, 0, D, starts[s] + begin, count,
-                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(query + own, y + tile, size); });
+                     [=](int64_t tile, int64_t to, size_t size) { std::memcpy(query + to, y + tile, size); });
             for (int64_t i = 0; i < D * QUERIES; i++) query[i] *= scale;
             attend(starts[s], starts[s + 1], D, 3 * D, y + D * T, y + 2 * D * T, query, score);
             each_run(heads * D, head * D, D, place, count,
-                     [=](int64_t tile, int64_t own, size_t size) { std::memcpy(context + tile, query + own, size); });
+                     [=](int64_t tile, int64_t from, size_t size) { std::memcpy(context + tile, query + from, size); });
         }
     }
     seconds[0] = halfway - begun, seconds[1] = omp_get_wtime() - halfway;
 }
 
+// What threads have spent on each of some parts; and the time that passed meanwhile, handed out in proportion to that:
+// so waiting for the last thread counts.
+static inline void add(const double *seconds, double *spent, int parts) {
+    for (int part = 0; part < parts; part++)
+#pragma omp atomic
+        spent[part] += seconds[part];
+}
+static inline void share(double passed, const double *spent, double *seconds, int parts) {
+    double sum = 0.0;
+    for (int part = 0; part < parts; part++) sum += spent[part];
+    for (int part = 0; part < parts && sum > 0.0; part++) seconds[part] += passed * spent[part] / sum;
+}
+
 // context: float tiles of heads * D features. Sequence s is the tokens starts[s] to starts[s + 1] of q; w has the
-// queries, then the keys, then the values of every head. first_only: just the first token of each sequence asks, and
-// the context has one token for each. seconds[0] and [1] grow by the time of products and attention.
+// queries, then the keys, then the values of every head. first_only: of each sequence's queries only the first is used,
+// and the context has one token for each. seconds[0] and [1] grow by the time of products and attention.
 extern "C" void attention(const Weights *w, int64_t tokens, const uint8_t *q, int64_t sequences, const int64_t *starts,
                           int64_t heads, int64_t D, int32_t first_only, float *context, double *seconds) {
     auto *on = w->portable ? one_head<Portable> : one_head<Machine>;
+    double spent[2] = {}, begun = omp_get_wtime();
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t head = 0; head < heads; head++) {
-        double own[2];
-        on(*w, head, tokens, q, sequences, starts, heads, D, first_only, context, own);
-        for (int i = 0; i < 2; i++)
-#pragma omp atomic
-            seconds[i] += own[i] / omp_get_num_threads();
+        double each[2];
+        on(*w, head, tokens, q, sequences, starts, heads, D, first_only, context, each);
+        add(each, spent, 2);
     }
+    share(omp_get_wtime() - begun, spent, seconds, 2);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -624,7 +639,8 @@ struct Encoder {
 };
 enum Part { PRODUCTS, ATTENTION, ATTENTION_OUTPUT, INTERMEDIATE, OUTPUT, EMBEDDINGS, QUANTIZE, LAYER_NORM, PARTS };
 
-// Sequences are taken in groups of about so many tokens, whose activations fit the second cache.
+// Sequences are taken in groups of at most so many tokens, or of one longer sequence: what a step reads and writes then
+// fits the second cache (BERT-Base: less than 1 MB).
 constexpr int64_t GROUP = 128;
 
 struct Clock {
@@ -640,8 +656,8 @@ struct Clock {
 static void encode_group(const Encoder &e, int64_t sequences, const int64_t *starts, const int64_t *ids, int64_t stride,
                          float *result, double seconds[PARTS]) {
     int64_t tokens = starts[sequences] - starts[0], hidden = e.hidden, inner = e.layer[0].intermediate->outputs;
-    std::vector<int64_t> own(starts, starts + sequences + 1);
-    for (int64_t &start : own) start -= starts[0];
+    std::vector<int64_t> within(starts, starts + sequences + 1);
+    for (int64_t &start : within) start -= starts[0];
     thread_local std::vector<Line> scratch;
     size_t whole = tiles_of(tokens) * T;
     if (scratch.size() < whole / T * (13 * hidden + inner)) scratch.resize(whole / T * (13 * hidden + inner));
@@ -655,11 +671,11 @@ static void encode_group(const Encoder &e, int64_t sequences, const int64_t *sta
     for (int64_t number = 0; number < e.layers; number++) {
         const Layer &layer = e.layer[number];
         bool last = number == e.layers - 1, first_only = last && e.first_only;
-        attention(layer.query_key_value, tokens, q, sequences, own.data(), e.heads, hidden / e.heads, first_only,
+        attention(layer.query_key_value, tokens, q, sequences, within.data(), e.heads, hidden / e.heads, first_only,
                   context, seconds + PRODUCTS);
         clock.begun = omp_get_wtime();
         if (first_only) {
-            select_tokens(sequences, own.data(), hidden, x, y);
+            select_tokens(sequences, within.data(), hidden, x, y);
             std::swap(x, y);
             tokens = sequences;
         }
@@ -691,21 +707,20 @@ extern "C" void encode(const Encoder *e, int64_t sequences, const int64_t *start
     for (int64_t s = 1; s <= sequences; s++)
         if (s == sequences || starts[s + 1] - starts[groups.back()] > GROUP) groups.push_back(s);
     int64_t count = groups.size() - 1;
-    bool apart = count >= 2 * threads;
+    double spent[PARTS] = {}, begun = omp_get_wtime();
     auto one = [&](int64_t g) {
         double seconds[PARTS] = {};
         int64_t first = groups[g];
         encode_group(*e, groups[g + 1] - first, starts + first, ids, starts[sequences],
                      result + (e->first_only ? first : starts[first]) * e->hidden, seconds);
-        for (int part = 0; times && part < PARTS; part++)
-#pragma omp atomic
-            times[part] += seconds[part] / (apart ? threads : 1);
+        add(seconds, spent, PARTS);
     };
-    if (apart) {
+    if (count >= 2 * threads) {
 #pragma omp parallel for schedule(dynamic, 1)
         for (int64_t g = 0; g < count; g++) one(g);
-    } else                              // not `if (apart)` above: OpenMP would start new threads for every inner loop
+    } else                              // not an `if` of OpenMP's: it would start new threads for every inner loop
         for (int64_t g = 0; g < count; g++) one(g);
+    if (times) share(omp_get_wtime() - begun, spent, times, PARTS);
 }
 
 extern "C" int32_t tokens_of_tile() { return T; }

@@ -245,7 +245,10 @@ PARTS = ("query, key, value", "attention", "attention output", "intermediate", "
 
 def compiler():
     """The C++ compiler's command, a list: $CXX, else the first of c++, g++ and clang++. NativeError without one."""
-    command = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++"))
+    try:
+        command = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++"))
+    except ValueError as error:
+        raise NativeError(f"engine native: CXX={os.environ['CXX']} is no command: {error}") from None
     if not command or not shutil.which(command[0]):
         raise NativeError(f"engine native needs a C++ compiler, and there is no {' '.join(command)}; install one "
                           f"(Debian: apt install g++) or name one in CXX")
@@ -254,17 +257,17 @@ def compiler():
 
 def compile_native(path, options):
     """Compile infer_cpu.cpp to the shared library `path`, whole or not at all. NativeError if that fails."""
-    partly = path.with_name(f"{path.name}.{os.getpid()}")
+    command = [*compiler(), "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *options, str(HOME / "infer_cpu.cpp")]
     try:
-        subprocess.run([*compiler(), "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *options, "-o", str(partly),
-                        str(HOME / "infer_cpu.cpp")], check=True, capture_output=True, text=True, timeout=600)
-        os.replace(partly, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:       # nobody else writes there
+            partly = Path(folder) / path.name
+            subprocess.run([*command, "-o", str(partly)], check=True, capture_output=True, text=True, timeout=600)
+            os.replace(partly, path)
     except (OSError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", "") or str(error)).splitlines()
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        lines = (said or str(error)).splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1])
         raise NativeError(f"engine native: {compiler()[0]} cannot compile infer_cpu.cpp: {reason}") from None
-    finally:
-        partly.unlink(missing_ok=True)
 
 
 def open_native(path):
@@ -273,11 +276,12 @@ def open_native(path):
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"engine native: {path} cannot be loaded ({error}); delete it") from None
-    with contextlib.suppress(OSError):                              # Linux tells what is loaded; elsewhere, trust
-        pools = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib[gi]?omp[^/]*\.so", line)}
+    with contextlib.suppress(OSError, AttributeError, StopIteration):           # a torch without OpenMP has no threads
+        torchs = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
+        pools = {ctypes.cast(each.omp_get_max_threads, POINTER).value for each in (library, torchs)}
         if len(pools) > 1:
-            raise NativeError(f"engine native would run threads beside torch's own, with "
-                              f"{' and '.join(sorted(pools))}; name a compiler in CXX that uses torch's: g++ on Linux")
+            raise NativeError("engine native would run threads beside torch's own, from another OpenMP library; name a "
+                              "compiler in CXX that uses torch's: g++ on Linux")
     for name, types in SIGNATURES.items():
         getattr(library, name).argtypes, getattr(library, name).restype = types, None
     library.instructions.restype = ctypes.c_char_p
@@ -307,7 +311,7 @@ def native_library(bits, say):
         raise NativeError(f"engine native: the compiler {compiler()[0]} does not run: {error}") from None
     recipe = repr(((HOME / "infer_cpu.cpp").read_text(), compiler(), version, options, processor()))
     name = f"infer_cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune-once-for-all"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "prune-once-for-all"
     with tempfile.TemporaryDirectory(prefix="infer_cpu-") as temporary:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -544,6 +548,8 @@ class NativeEncoder:
     def __call__(self, input_ids, attention_mask, token_type_ids, times=None):
         """times: a dict to which the seconds of each of PARTS are added."""
         real = attention_mask.bool()
+        if not real.shape[1]:
+            raise InputError("a batch whose rows have no tokens")
         if self.first_token_only and not bool(real[:, 0].all()):
             raise InputError("a row of the batch begins with padding, and the classifier reads its first token")
         ids = torch.stack([input_ids[real], real.nonzero()[:, 1], token_type_ids[real]][:len(self.tables)])
@@ -715,9 +721,13 @@ def load_auto(directory, say=print):
             say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where the products alone take "
                 f"{1e3 * products:.1f} ms by the best of torch's, {note}")
             return engines[0]
+        engines.append(load_integer(directory, "int8", say))
     except NativeError as error:
         say(f"{error}; the engines of torch take over")
-    engines.append(load_integer(directory, "int8", say))
+        engines.append(load_integer(directory, "int8", say))
+    except InputError as error:
+        say(f"engine native: {error}")
+        return engines[0]
     with contextlib.suppress(InputError):                           # a dense model has no engine sparse
         engines.append(load_integer(directory, "sparse", lambda _: None))
     times = measure(engines, batch, least=5, budget=1.0)
@@ -1011,7 +1021,7 @@ def where_time_goes(engine, batch):
     tokens, pairs = ([value] * len(encoder.weights) for value in (all_tokens, int((lengths ** 2).sum())))
     if encoder.first_token_only:                # in the last layer only these ask, and only they go on
         tokens[-1], pairs[-1] = len(lengths), all_tokens
-    products = [name for name in PARTS if name in ("query, key, value", "attention output", "intermediate", "output")]
+    products = (PARTS[0], *PARTS[2:5])
     operations = {name: sum(2 * int(layer[index].nonzero.sum()) * (count if index else all_tokens)
                             for layer, count in zip(encoder.weights, tokens)) for index, name in enumerate(products)}
     operations["attention"] = 4 * hidden * sum(pairs)
@@ -1021,7 +1031,7 @@ def where_time_goes(engine, batch):
                            {weights.form for layer in encoder.weights for weights in layer}}
     print("native, part              ms   share  G operations/s  at best")
     for part, value in times.items():
-        rate = operations.get(part, 0) / value / 1e9
+        rate = operations.get(part, 0) / value / 1e9 if value else 0.0
         best = ceilings[encoder.weights[0][products.index(part)].form] if part in products else 0.0
         parts[part] = (1e3 * value, value / sum(times.values()), rate, best)
         print(f"{part:<20}{1e3 * value:>8.2f}  {value / sum(times.values()):>5.1%}"

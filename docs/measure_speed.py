@@ -282,11 +282,11 @@ def packed(settings):
     rows = data.encode([line.split("\t")[0] for line in
                         (settings.data / "SST-2" / "dev.tsv").read_text().splitlines()[1:]])
     batches = [data.collate(rows[begin:begin + 32]) for begin in range(0, len(rows), 32)]
-    full = infer_cpu.random_batch(engine.model.config, 32, 128)
     times = {"packed": [], "padded to 128": []}
     for _ in range(3):
         for batch in batches:
             times["packed"].append(infer_cpu.seconds(partial(engine, batch)))
+            full = infer_cpu.random_batch(engine.model.config, len(batch["input_ids"]), 128)
             times["padded to 128"].append(infer_cpu.seconds(partial(engine, full)))
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert torch.get_num_threads() == 2

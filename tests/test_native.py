@@ -175,6 +175,7 @@ def test_without_a_cache_it_says_so_and_works(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("compiler, word", [("no-such-compiler", "no no-such-compiler"), ("false", "false"),
+                                            ('c++ "', "is no command"),
                                             ("sh -c 'echo error: it is broken >&2; exit 1'", "it is broken")])
 def test_without_a_compiler_torch_takes_over(model_directory, tmp_path, monkeypatch, compiler, word):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -217,6 +218,12 @@ def test_what_is_wrong_in_plain_cpp_too_is_not_used(tmp_path, monkeypatch, right
     broken_source(monkeypatch, tmp_path, (right, wrong))
     with pytest.raises(NativeError, match="wrong"):
         infer_cpu.native_library(8, lambda line: None)
+
+
+def test_threads_beside_those_of_torch_are_refused(tmp_path, monkeypatch):
+    broken_source(monkeypatch, tmp_path, ("// Linear layers.", 'extern "C" int omp_get_max_threads() { return 2; }\n//'))
+    with pytest.raises(NativeError, match="beside torch's own"):
+        infer_cpu.native_library(8, pytest.fail)
 
 
 # ---------------------------------------------------------------- whole models
@@ -323,6 +330,8 @@ def test_odd_batches(model_directory):
         engine({**batch, "attention_mask": batch["attention_mask"].flip(1)})
     with pytest.raises(InputError, match="positions"):
         engine({name: tensor.repeat(1, 3) for name, tensor in batch.items()})
+    with pytest.raises(InputError, match="no tokens"):
+        engine({name: tensor[:, :0] for name, tensor in batch.items()})
 
 
 def test_sizes_it_does_not_take_are_left_to_torch(tmp_path):
@@ -343,6 +352,16 @@ def test_auto_says_what_it_measured(model_directory):
     said = []
     engine = infer_cpu.load(model_directory, "auto", say=said.append)
     assert said[-1].startswith(f"engine {engine.name}: ") and " ms" in said[-1]
+
+
+def test_auto_does_not_need_the_engines_of_torch(model_directory, monkeypatch):
+    def fastest(*_):
+        raise InputError("torch has no exact INT8 product for this machine")
+
+    monkeypatch.setattr(infer_cpu, "fastest", fastest)
+    said = []
+    assert infer_cpu.load(model_directory, "auto", say=said.append).name == "native"
+    assert said == ["engine native: torch has no exact INT8 product for this machine"]
 
 
 # ---------------------------------------------------------------- threads and memory
