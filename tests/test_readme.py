@@ -113,6 +113,28 @@ def test_speeds_are_the_measured_ones():
         assert max(ours) < min(value for name, value in times.items() if not name.startswith("native"))
 
 
+def test_the_other_speeds_are_the_measured_ones():
+    """What the text below the speed table says, against docs/speed.json."""
+    parts = {name: part["rows"] for name, part in json.loads((ROOT / "docs" / "speed.json").read_text()).items()}
+    text = " ".join(README.split())
+
+    def span(ratios, digits=1):
+        return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f} times as fast"
+
+    assert f"single layers, {span([row['ms']['FBGEMM'] / row['ms']['native'] for row in parts['layers']])}" in text
+    threads = [[row["ms"][f"native, {count} threads"] for count in (1, 2)] for row in parts["threads"]]
+    assert f"two threads, {span([one / two for one, two in threads])} as one" in text
+    sizes = [row["ms"][f"{preset}, fp32"] / value for row in parts["models"] for name, value in row["ms"].items()
+             for preset in [name.partition(",")[0]] if "native" in name]
+    assert f"DistilBERT and BERT-Large, {span(sizes, 0)} as dense float32" in text
+    packed = parts["packed"][0]["sequences_per_second"]
+    assert f"without padding, {packed['packed'] / packed['padded to 128']:.1f} times as many sentences" in text
+    first = {engine: [statistics.median(row[key] for row in parts["startup"] if row["engine"] == engine)
+                      for key in ("seconds", "peak_mb")] for engine in ("native", "fp32")}
+    assert (f"{first['native'][0]:.1f} s and {first['native'][1]:.0f} MB (dense float32: {first['fp32'][0]:.1f} s and "
+            f"{first['fp32'][1]:.0f} MB)") in text
+
+
 def test_training_speeds_are_the_measured_ones():
     """Each row of the training table against docs/training.json, medians over its rounds."""
     found = json.loads((ROOT / "docs" / "training.json").read_text())
