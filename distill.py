@@ -133,11 +133,12 @@ def vocabulary_loss(student, teacher, features, teacher_features, labels, hard_s
 class VocabularyLoss(torch.autograd.Function):
     """vocabulary_loss over chunks of rows. Each chunk's gradient is taken with its value, by hand, and written over its
     logits: they can then be freed, nothing is computed twice, and no other array is as large. What lies between the
-    products goes over a few rows at a time, which a CPU's cache holds."""
+    products goes, on a CPU, over a few rows at a time, which its cache holds."""
 
     @staticmethod
     def forward(ctx, features, weight, bias, taught, labels, hard_scale, kd_scale, temperature, wants_grad):
-        words, size, few = len(bias), max(1, CHUNK_ELEMENTS // len(bias)), max(1, CACHED_ELEMENTS // len(bias))
+        words, size = len(bias), max(1, CHUNK_ELEMENTS // len(bias))
+        few = max(1, CACHED_ELEMENTS // len(bias)) if features.device.type == "cpu" else size
         features, weight, bias = product_inputs(features, weight, bias)
         if taught is not None:
             taught_features, *taught_vocabulary = product_inputs(*taught)
