@@ -721,15 +721,14 @@ def load_auto(directory, say=print):
             say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where the products alone take "
                 f"{1e3 * products:.1f} ms by the best of torch's, {note}")
             return engines[0]
-        engines.append(load_integer(directory, "int8", say))
     except NativeError as error:
         say(f"{error}; the engines of torch take over")
-        engines.append(load_integer(directory, "int8", say))
     except InputError as error:
         say(f"engine native: {error}")
         return engines[0]
-    with contextlib.suppress(InputError):                           # a dense model has no engine sparse
-        engines.append(load_integer(directory, "sparse", lambda _: None))
+    for name, listener in (("int8", say), ("sparse", lambda _: None)):
+        with contextlib.suppress(InputError) if engines else contextlib.nullcontext():     # a dense model has no sparse
+            engines.append(load_integer(directory, name, listener))
     times = measure(engines, batch, least=5, budget=1.0)
     best = min(engines, key=lambda engine: times[engine.name])
     say(f"engine {best.name}: the fastest one here on a row of {tokens} tokens, "
