@@ -171,8 +171,8 @@ class VocabularyLoss(torch.autograd.Function):
 
 
 def rows_loss(logits, taught, labels, hard_scale, kd_scale, temperature):
-    """Of a few rows of vocabulary_loss: (cross-entropy sum, KL sum, float32 (rows, V) gradient of the scaled total
-    for the logits). logits, taught (or None): (rows, V) as the products left them; labels int64 (rows,), -100 for none."""
+    """Of a few rows of vocabulary_loss: (cross-entropy sum, KL sum, float32 (rows, V) gradient of the scaled total for
+    the logits). logits, taught (or None): (rows, V) as the products left them; labels: int64 (rows,), -100 for none."""
     logits = logits.float()
     labelled = (labels != -100).nonzero()[:, 0]
     hard, hard_gradient = cross_entropy_and_gradient(logits[labelled], labels[labelled])
