@@ -6,7 +6,7 @@
 (arXiv 2111.05754, section 3.2, with both weights 0.5 in pre-training; distillation as in arXiv 1503.02531.)
 
 Every term is a sum divided by a count over the whole batch of the optimizer step, not by the micro-batch's own count,
-so that 1 x 16 rows and 4 x 4 rows have the same gradient. The counts come from `counts`.
+so that 1 x 16 rows and 4 x 4 rows have the same gradient. They come from `denominators`.
 """
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ CHUNK_ELEMENTS = 2 ** 24         # logits in flight at once: 64 MB in float32, w
 CACHED_ELEMENTS = 2 ** 18        # of those, what is turned into loss and gradient at once: 1 MB each
 
 
-def counts(batches):
+def denominators(batches):
     """How many things each term averages over, summed over the micro-batches of one optimizer step.
 
     Returns dict of ints: rows; tokens (not padding); masked (positions with a label), the last for pre-training only.
@@ -34,7 +34,7 @@ def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_posi
     student     one of the three models of model.py; its `kind` says which loss
     teacher     a frozen model of the same kind in eval mode, or None: labels only
     batch       dict of int64 tensors as data.collate makes it
-    count       what `counts` returned for the whole optimizer step
+    count       what `denominators` returned for the whole optimizer step
     Returns (loss, parts): a scalar to call backward on, and its terms as floats, each a share of the step's mean.
     """
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
@@ -138,7 +138,7 @@ class VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, taught, labels, hard_scale, kd_scale, temperature, wants_grad):
         words, size = len(bias), max(1, CHUNK_ELEMENTS // len(bias))
-        few = max(1, CACHED_ELEMENTS // len(bias)) if features.device.type == "cpu" else size
+        cached_rows = max(1, CACHED_ELEMENTS // len(bias)) if features.device.type == "cpu" else size
         features, weight, bias = product_inputs(features, weight, bias)
         if taught is not None:
             taught_features, *taught_vocabulary = product_inputs(*taught)
@@ -148,16 +148,16 @@ class VocabularyLoss(torch.autograd.Function):
             rows = slice(begin, begin + size)
             logits = F.linear(features[rows], weight, bias)                                 # (rows, V)
             taught_logits = None if taught is None else F.linear(taught_features[rows], *taught_vocabulary)
-            for first in range(0, len(logits), few):
-                some = slice(first, first + few)
+            for first in range(0, len(logits), cached_rows):
+                part = slice(first, first + cached_rows)
                 hard_value, kd_value, gradient = rows_loss(
-                    logits[some], None if taught is None else taught_logits[some], labels[rows][some], hard_scale,
+                    logits[part], None if taught is None else taught_logits[part], labels[rows][part], hard_scale,
                     kd_scale, temperature)
                 hard += hard_value
                 kd += kd_value
                 if wants_grad:
                     gradients[2] += gradient.sum(0)
-                    logits[some] = gradient
+                    logits[part] = gradient
             if wants_grad:
                 gradients[0][rows] = logits @ weight
                 gradients[1] += logits.T @ features[rows]

@@ -253,31 +253,3 @@ def measured_sparsity(model):
     """Share of zeros in the prunable layers, 0 to 1."""
     rows = report(model)
     return sum(zeros for _, _, zeros in rows) / max(1, sum(weights for _, weights, _ in rows))
-
-
-def format_report(rows):
-    """The report as a table a person can read."""
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'layer':<{width}} {'weights':>12} {'zeros':>12} {'sparsity':>9}"]
-    total = ("all pruned layers", sum(row[1] for row in rows), sum(row[2] for row in rows))
-    for name, weights, zeros in [*rows, total]:
-        lines.append(f"{name:<{width}} {weights:>12,} {zeros:>12,} {zeros / weights:>9.4%}")
-    return "\n".join(lines)
-
-
-def format_kinds(model):
-    """The zeros of each kind of layer, and the share of blocks, of four inputs (1x4) and of four outputs (4x1), that
-    are wholly zero or wholly kept: 100 % in the orientation a model was pruned in. A list of lines."""
-    lines = [f"{'kind of layer':<17}{'weights':>12}{'zeros':>12}{'sparsity':>10}{'whole 1x4':>11}{'whole 4x1':>11}"]
-    for kind in KINDS:
-        masks = [layer.mask & (layer.weight != 0) for name, layer in prunable(model) if name.split(".")[-1] == kind]
-        if masks:
-            weights, kept = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
-            line = f"{kind:<17}{weights:>12,}{weights - kept:>12,}{1 - kept / weights:>10.2%}"
-            for pattern in (Pattern(1, 4), Pattern(4, 1)):
-                if masks[0].shape[0] % pattern.rows or masks[0].shape[1] % pattern.columns:
-                    line += f"{'-':>11}"
-                else:
-                    line += f"{4 * sum(sum(whole_blocks(mask, pattern)) for mask in masks) / weights:>11.2%}"
-            lines.append(line)
-    return lines

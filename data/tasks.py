@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from data import DataError, decode
 from data.metrics import accuracy, best_span, binary_f1, squad_scores
-from data.text import fit_pair, pad, pad_rows, sequence, token_ids
+from data.text import fit_pair, pad_rows, sequence, token_ids
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""What the settings of train.py lead to, and which of them cannot be. `s` is a train.Settings throughout.
+"""
+import contextlib
+import math
+from pathlib import Path
+
+import torch
+
+import prune
+from data import corpus, tasks, tiny
+from data.recipes import RECIPES
+from formats import model_directory
+from formats.config import preset_of, read_config
+from formats.hub import locate
+from formats.machine import has_bf16
+from formats.names import published_name
+from model import InputError
+
+LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
+TINY = Path(__file__).resolve().parent / "tiny"
+
+
+def preset_for(s):
+    """The size that the recipe is for, or that --init has; else tiny. InputError if these two differ."""
+    wanted = RECIPES[s.recipe]["model"]["preset"] if s.recipe else ""
+    shape = preset_of(locate(s.init)) if s.init not in ("", "random") else ""
+    if wanted and shape and shape != wanted:
+        raise InputError(f"--recipe {s.recipe} is for {wanted}, and {s.init} is a {shape}; take another of the two, or "
+                         f"give --preset {shape} as well")
+    return wanted or shape or "tiny"
+
+
+def recipe_for(s, typed):
+    """{setting: value} of what the recipe says about this stage and task. Typed --steps replace its --epochs."""
+    recipe = RECIPES[s.recipe or s.preset]
+    kind = "dense" if s.stage == "finetune" and s.sparsity == 0 else s.stage
+    chosen = {**recipe.get("model", {}), **recipe.get(kind, {}), **recipe.get(f"{kind} {s.task}", {})}
+    if "steps" in typed or "epochs" in typed:
+        chosen = {name: value for name, value in chosen.items() if name not in ("steps", "epochs")}
+    return chosen
+
+
+def follow_zeros(s, chosen):
+    """Set pattern and sparsity of a locked stage to those of the zeros in --init. chosen: dict of what recipe and
+    command line say; InputError where that is something else."""
+    masks, recorded = encoder_masks(locate(s.init))
+    sparsity = 1 - sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
+    if sparsity < LEAST_SPARSITY:
+        return                                        # prepare_layers says that there is nothing to lock
+    hints = []
+    for name in (chosen.get("pattern"), recorded):
+        with contextlib.suppress(InputError, TypeError):
+            hints.append(prune.parse_pattern(name))
+    found, share = prune.find_pattern(masks, hints), chosen.get("sparsity")
+    other_pattern = "pattern" in chosen and found != hints[0]
+    other_sparsity = share is not None and abs(share - sparsity) > 0.01
+    if other_pattern or other_sparsity:
+        words = [f"--{name} {chosen[name]}" for name in ("pattern", "sparsity") if chosen.get(name) is not None]
+        source = f" (of --recipe {s.recipe})" if s.recipe else ""
+        raise InputError(f"the zeros of {s.init} are {found} and {sparsity:.1%} of its encoder, and {' '.join(words)}"
+                         f"{source} is something else; leave that out to lock what is there, or give another --init")
+    s.pattern = str(found)
+    s.sparsity = share or (prune.resolve_sparsity(None, found) if found.group else round(sparsity, 2))
+
+
+def encoder_masks(directory):
+    """([bool (out, in) of each encoder layer: where a weight is not zero], the pattern written down there or None)."""
+    config, raw = read_config(directory)
+    weights, _ = model_directory.read_weights(directory, say=lambda line: None)
+    names = [published_name(config.model_type, f"encoder.layers.{i}.{kind}.weight")
+             for i in range(config.num_hidden_layers) for kind in prune.KINDS if kind != "pooler"]
+    record = raw.get("compression")
+    return ([weights[name] != 0 for name in names if name in weights and weights[name].ndim == 2],
+            record.get("pattern") if isinstance(record, dict) else None)
+
+
+def check_numbers(s):
+    """InputError for a number outside its range."""
+    def demand(good, name, expected):
+        if not good:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)} is out of range; give {expected}")
+
+    for name in ("steps", "epochs", "batch_size", "micro_batch", "threads"):
+        demand(getattr(s, name) is None or getattr(s, name) > 0, name, "a number above 0")
+    for name in ("lr", "temperature"):
+        demand(0 < getattr(s, name) < math.inf, name, "a number above 0")
+    demand(0 < s.beta2 < 1, "beta2", "a number between 0 and 1")
+    for name in ("kd_weight", "ramp_end", "update_end", "update_every", "warmup"):
+        demand(0 <= getattr(s, name) <= 1, name, "a share from 0 to 1")
+    demand(s.dropout is None or 0 <= s.dropout < 1, "dropout", "a probability from 0 to below 1")
+    demand(0 <= s.weight_decay < math.inf, "weight_decay", "0 or more")
+    demand(s.max_len is None or s.max_len >= 8, "max_len", "8 tokens or more")
+    demand(0 <= s.seed < 2 ** 31, "seed", "a whole number from 0 to 2147483647")
+    demand(s.batch_size % s.micro_batch == 0, "micro_batch", f"a divisor of the batch size {s.batch_size}")
+
+
+def check_stage(s, allowed_masks):
+    """InputError for settings that do not go together. allowed_masks: list of what --mask may be here."""
+    if s.steps and s.epochs:
+        raise InputError("--steps and --epochs were both given; choose one")
+    if s.stage in ("finetune", "quantize") and not s.task:
+        raise InputError(f"--stage {s.stage} needs --task {'|'.join(tasks.TASKS)}")
+    if s.stage == "pretrain" and s.sparsity:
+        raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
+                         f"--stage prune")
+    upstream = s.stage in ("pretrain", "prune") or not s.task
+    if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
+        raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
+                         + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
+    if s.stage == "prune" and not s.sparsity:
+        raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
+    if s.mask not in allowed_masks:
+        raise InputError(f"--mask {s.mask} does not go with --stage {s.stage} at --sparsity {s.sparsity:g}; it takes "
+                         f"{' or '.join(allowed_masks)}")
+
+
+def check_device(s):
+    """InputError for a device or precision that this machine does not have."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[s.device]:
+        raise InputError(f"--device {s.device} is not available to this PyTorch; leave it out to run on the CPU")
+    if s.precision == "bf16" and not has_bf16(s.device):
+        raise InputError(f"--precision bf16: this {s.device} does not multiply bf16 in hardware; use --precision fp32")
+
+
+def files_of(s, init, teacher):
+    """{setting: the files that it leads to}, whose content decides what is computed."""
+    def of_model(directory):
+        return [path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin")
+                or path.name in ("config.json", "tokenizer.json", "vocab.txt")]
+
+    files = {name: of_model(directory) for name, directory in (("init", init), ("teacher", teacher)) if directory}
+    if s.task:
+        folder = data_folder(s) / tasks.TASKS[s.task].folder
+        files["data"] = [path for path in folder.iterdir() if path.is_file()]
+    else:
+        tokens = corpus_path(s) / "index.json"            # of a folder of tokens: it names the text they come from
+        files["corpus"] = [tokens] if tokens.is_file() else corpus.corpus_files(corpus_path(s))
+    return files
+
+
+def data_folder(s):
+    """Folder of the task files, made first if it is the tiny world."""
+    return Path(s.data) if s.data else tiny.ensure(TINY)
+
+
+def corpus_path(s):
+    return tiny.ensure(TINY) / "corpus.txt" if s.corpus == "tiny" else Path(s.corpus)

@@ -1,0 +1,74 @@
+"""Several processes that train one model, started by torchrun. Each takes its share of every batch and comes to the
+same sums, so that their models stay the same. The first, rank 0, alone writes and speaks. Alone, nothing happens here.
+"""
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from model import InputError
+
+SILENCE = datetime.timedelta(minutes=30)    # how long processes wait for one another before they give up
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def started_together():
+    """How many processes torchrun started, before they have met; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(batch_size, device):
+    """Meet the other processes, if torchrun started several. InputError where they cannot share a batch."""
+    count = started_together()
+    if count == 1:
+        return
+    if batch_size % count:
+        raise InputError(f"--batch-size {batch_size} cannot be shared by {count} processes; give a multiple of them")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=SILENCE)
+
+
+def leave_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def demand_agreement(facts):
+    """InputError unless every process found the same: another file, CPU or checkpoint would train another model.
+    facts: dict of what is to be the same."""
+    if not dist.is_initialized():
+        return
+    found = [None] * processes()
+    dist.all_gather_object(found, facts)
+    for number, others in enumerate(found):
+        for name, value in others.items():
+            if value != found[0][name]:
+                raise InputError(f"process {number} has {name} {value}, and process 0 has {found[0][name]}; every "
+                                 f"machine needs the same command, files and --out folder")
+
+
+def summed(numbers, device):
+    """A dict of numbers, each added up over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    total = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(numbers, total.tolist()))
+
+
+def add_gradients(model):
+    """Replace every gradient by its sum over all processes. Each loss was divided by the counts of all of them."""
+    if dist.is_initialized():
+        under_way = [dist.all_reduce(parameter.grad, async_op=True) for parameter in model.parameters()
+                     if parameter.grad is not None]
+        for exchange in under_way:
+            exchange.wait()
