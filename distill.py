@@ -10,7 +10,6 @@ so that 1 x 16 rows and 4 x 4 rows have the same gradient. They come from `denom
 """
 import torch
 import torch.nn.functional as F
-from torch.profiler import record_function
 
 from model import product_type
 
@@ -40,21 +39,15 @@ def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_posi
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
     if student.kind == "pretraining":
         return pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_weight, kd_positions)
-    logits = forward(student, "student", *inputs)
+    logits = student(*inputs)
     with torch.no_grad():
-        teacher_logits = forward(teacher, "teacher", *inputs) if teacher else None
+        teacher_logits = teacher(*inputs) if teacher else None
     if student.kind == "classification":
         hard = F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
         kd = soft_loss(logits, teacher_logits, temperature) if teacher else None
     else:
         hard, kd = span_loss(logits, teacher_logits, batch, temperature)
     return combine({"hard": hard / count["rows"]}, {"kd": kd / count["rows"]} if teacher else {}, kd_weight)
-
-
-def forward(model, name, *inputs):
-    """model(*inputs), under a name that torch.profiler shows."""
-    with record_function(name):
-        return model(*inputs)
 
 
 def combine(hard, soft, kd_weight):
@@ -98,11 +91,11 @@ def pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_wei
     masked = batch["labels"] != -100
     everywhere = teacher is not None and kd_positions == "all"
     positions = batch["attention_mask"].bool() if everywhere else masked
-    features, next_sentence = forward(student, "student", *inputs, positions)
+    features, next_sentence = student(*inputs, positions)
     teacher_features = None
     if teacher is not None:
         with torch.no_grad():
-            teacher_features, teacher_next_sentence = forward(teacher, "teacher", *inputs, positions)
+            teacher_features, teacher_next_sentence = teacher(*inputs, positions)
     kd_count = count["tokens"] if everywhere else count["masked"]
     total, mlm, kd = vocabulary_loss(student, teacher, features, teacher_features, batch["labels"][positions],
                                      (1 - kd_weight if teacher else 1.0) / count["masked"], kd_weight / kd_count,

@@ -1,6 +1,6 @@
 """Training curves as SVG, from the log.csv that a stage leaves in its directory.
 
-    python docs/draw_curves.py docs/tiny_prune.csv --svg docs/tiny_prune.svg
+    python -m bench.draw_curves bench/tiny_prune.csv --svg docs/tiny_prune.svg
 
 Three panels over the optimizer steps: the terms of the loss, the share of zeros, and the learning rate.
 """

@@ -1,8 +1,8 @@
 """The largest step there is, measured: BERT-Large in the prune stage at length 512, with its teacher and full
 distillation, and one evaluation; how long each takes and the peak memory.
 
-    python docs/measure_large.py                          9 GB, a minute of one core
-    python docs/measure_large.py --preset bert-base       3 GB
+    python -m bench.measure_large                          9 GB, a minute of one core
+    python -m bench.measure_large --preset bert-base       3 GB
 
 The weights are random, written to a file of the published shape first, so that loading is part of what is measured; the
 text is random word pieces, which cost what words cost.
@@ -23,6 +23,8 @@ import distill  # noqa: E402
 import model as network  # noqa: E402
 import prune  # noqa: E402
 import train  # noqa: E402
+from formats import model_directory  # noqa: E402
+from formats.machine import keep_freed_memory, processor_name  # noqa: E402
 
 
 class Stopwatch:
@@ -54,24 +56,24 @@ def main():
     parser.add_argument("--rows", type=int, default=1, help="of 512 word pieces, in one forward pass [1]")
     parser.add_argument("--precision", default="auto", choices=train.CHOICES["precision"])
     arguments = parser.parse_args()
-    network.keep_freed_memory()
+    keep_freed_memory()
     settings = train.resolve({"preset": arguments.preset, "stage": "prune", "batch_size": arguments.rows,
                               "precision": arguments.precision})
     config, watch = network.PRESETS[arguments.preset], Stopwatch()
     length = min(512, config.max_position_embeddings)
     print(f"{arguments.preset}, {arguments.rows} x {length} word pieces, {settings.precision}, "
-          f"{torch.get_num_threads()} threads, {network.processor_name()}")
+          f"{torch.get_num_threads()} threads, {processor_name()}")
     with tempfile.TemporaryDirectory() as folder:
-        network.save(network.build(config, "pretraining"), folder)
+        model_directory.save(network.build(config, "pretraining"), folder)
         watch.say("random weights, written to a file")
-        student = network.load(folder, "pretraining").train()
-        teacher = train.freeze(settings, network.load(folder, "pretraining"))
+        student = model_directory.load(folder, "pretraining").train()
+        teacher = train.freeze(settings, model_directory.load(folder, "pretraining"))
         watch.say("student and teacher read from it")
     ramp = prune.Ramp(target=0.8, begin=0, end=1, update_end=1, every=1)
     optimizer = train.make_optimizer(settings, student)
     batch = random_batch(config, arguments.rows, length)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-        loss, parts = distill.loss(student, teacher, batch, distill.counts([batch]))
+        loss, parts = distill.loss(student, teacher, batch, distill.denominators([batch]))
         watch.say("forward: words, sentences, both distilled")
         loss.backward()
     watch.say("backward")
@@ -82,7 +84,7 @@ def main():
     watch.say(f"masks of 1x4: {prune.measured_sparsity(student):.4%} zeros")
     student.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-        _, held_out = distill.loss(student, None, batch, distill.counts([batch]))
+        _, held_out = distill.loss(student, None, batch, distill.denominators([batch]))
     watch.say("evaluation")
     print("  ".join(f"{name} {value:.3f}" for name, value in parts.items()) + "   evaluation: "
           + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))

@@ -1,6 +1,6 @@
 """How fast a corpus becomes token shards, against the bare tokenizer on the same cores, and in how much memory.
 
-    python docs/measure_shards.py --megabytes 20 [--text FILE_OR_FOLDER] [--json FILE]
+    python -m bench.measure_shards --megabytes 20 [--text FILE_OR_FOLDER] [--json FILE]
 
 The text (by default that of the tiny world) is repeated up to the wanted size. Every measurement runs in its own
 process; bare is encode_batch_fast on the same sentences, cut beforehand, in batches of the same size, its result thrown

@@ -1,6 +1,6 @@
-"""Measure our engines against what a user would run instead, in turn on one machine; writes docs/speed.json.
+"""Measure our engines against what a user would run instead, in turn on one machine; writes bench/speed.json.
 
-    python docs/measure_speed.py --peers PEERS/bin/python --deepsparse DEEPSPARSE/bin/python --data TASKS_DIR \
+    python -m bench.measure_speed --peers PEERS/bin/python --deepsparse DEEPSPARSE/bin/python --data TASKS_DIR \
         --tokenizer MODEL_DIR [--part base]
 
 The peers live in environments of their own, and each may be left out:
@@ -322,7 +322,7 @@ def main():
     parser.add_argument("--data", type=Path, help="the task folders, for part packed")
     parser.add_argument("--tokenizer", type=Path, help="a model directory with a BERT vocabulary")
     parser.add_argument("--work", type=Path, default=Path("out/speed"), help="folder for the random models")
-    parser.add_argument("--json", type=Path, default=HOME / "docs" / "speed.json")
+    parser.add_argument("--json", type=Path, default=HOME / "bench" / "speed.json")
     parser.add_argument("--again", action="store_true", help="measure parts that are in the file already")
     parser.add_argument("--worker", nargs=4, metavar=("CONTENDER", "PATH", "ENGINE", "THREADS"), help=argparse.SUPPRESS)
     parser.add_argument("--export", type=Path, help=argparse.SUPPRESS)

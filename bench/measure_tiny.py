@@ -1,6 +1,6 @@
-"""The tiny world's story, measured over seeds: what docs/tiny.json holds and the README quotes.
+"""The tiny world's story, measured over seeds: what bench/tiny.json holds and the README quotes.
 
-    python docs/measure_tiny.py --seeds 0,1,2 --out out/measure          about 12 minutes a seed on 2 cores
+    python -m bench.measure_tiny --seeds 0,1,2 --out out/measure          about 12 minutes a seed on 2 cores
 
 For each seed and task, through the commands a person would type: dense; the same without pre-training; Prune OFA;
 pruning while fine-tuning (the paper's baseline); INT8, as fake quantization and through the real engine, and how often
@@ -85,18 +85,18 @@ def summarize(seeds):
 def main():
     import torch
 
-    import train
+    from formats.machine import cores, processor_name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--sparsity", type=float, default=0.85)
     parser.add_argument("--out", type=Path, default=Path("out/measure"))
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "tiny.json")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "tiny.json")
     arguments = parser.parse_args()
     seeds = {seed: measure_seed(int(seed), arguments.out / f"seed-{seed}", arguments.sparsity)
              for seed in arguments.seeds.split(",")}
     summary = summarize(seeds)
-    content = {"command": "python docs/measure_tiny.py --seeds " + arguments.seeds, "sparsity": arguments.sparsity,
-               "processor": train.network.processor_name(), "cores": train.cores(), "torch": torch.__version__,
+    content = {"command": "python -m bench.measure_tiny --seeds " + arguments.seeds, "sparsity": arguments.sparsity,
+               "processor": processor_name(), "cores": cores(), "torch": torch.__version__,
                "python": platform.python_version(), "mean_and_deviation": summary, "seeds": seeds}
     arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{'':<15}" + "".join(f"{name:>14}" for name in (*SCORES, "average")))

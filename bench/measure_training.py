@@ -1,7 +1,7 @@
 """Training side by side with what people use: tokens or examples a second and peak memory, in one interleaved run.
 
-    python docs/measure_training.py                                             two sizes of the prune stage
-    python docs/measure_training.py --data TASKS_DIR --model MODEL_DIR          and fine-tuning on SST-2
+    python -m bench.measure_training                                             two sizes of the prune stage
+    python -m bench.measure_training --data TASKS_DIR --model MODEL_DIR          and fine-tuning on SST-2
 
 Pre-training: the prune stage with its teacher, through the loop of train.py itself, against BertForMaskedLM of
 `transformers` in a plain loop: torch.nn.utils.prune masks, AdamW, cross-entropy at the masked positions and
@@ -35,8 +35,11 @@ import torch.nn.functional as F  # noqa: E402
 import model as network  # noqa: E402
 import prune  # noqa: E402
 import train  # noqa: E402
+from formats import run  # noqa: E402
+from formats.files import write_file  # noqa: E402
+from formats.machine import has_bf16, keep_freed_memory, processor_name  # noqa: E402
 from data import tasks, text  # noqa: E402
-from measure_training_settings import RandomRows  # noqa: E402
+from bench.measure_training_settings import RandomRows  # noqa: E402
 
 SIZES = {"minilm-l6": 16, "bert-base": 4}           # rows of a batch; each of 128 word pieces
 LENGTH, TASK_ROWS, THREADS = 128, 32, 2
@@ -51,14 +54,14 @@ def peak_memory():
 
 
 def our_settings(preset, precision, steps, **more):
-    return train.resolve({"preset": preset, "precision": precision, "steps": steps, "log_every": 1, "threads": THREADS,
+    return train.resolve({"preset": preset, "precision": precision, "steps": steps, "threads": THREADS,
                           **more})
 
 
 def our_seconds(s, student, teacher, data):
     """Seconds of every step but the first, of train.py's own loop."""
     with tempfile.TemporaryDirectory() as folder:
-        train.train(s, student, teacher, data, {}, train.Log(Path(folder), 0), Path(folder), None)
+        train.train(s, student, teacher, data, {}, run.Log(Path(folder)), Path(folder), None)
         with open(Path(folder) / "log.csv") as file:
             ends = [float(row["seconds"]) for row in csv.DictReader(file)]
     return [after - before for before, after in zip(ends, ends[1:])]
@@ -66,7 +69,7 @@ def our_seconds(s, student, teacher, data):
 
 def pretrain_ours(preset, precision, steps, positions):
     """Seconds per step, with masks that stay as they are, as theirs do."""
-    network.keep_freed_memory()
+    keep_freed_memory()
     s = our_settings(preset, precision, steps, stage="prune", sparsity=0.5, batch_size=SIZES[preset], max_len=LENGTH,
                      kd_positions=positions)
     config = network.PRESETS[preset]
@@ -107,7 +110,7 @@ def pretrain_theirs(preset, precision, steps):
                             reduction="sum", log_target=True) * s.temperature ** 2 / batch["labels"].numel()
             loss = (1 - s.kd_weight) * output.loss + s.kd_weight * soft
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), s.clip)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), train.LARGEST_GRADIENT)
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.monotonic() - started)
@@ -116,10 +119,10 @@ def pretrain_theirs(preset, precision, steps):
 
 def fine_tune_ours(precision, steps, folder, directory):
     """Seconds per step, from the published rows of SST-2."""
-    network.keep_freed_memory()
+    keep_freed_memory()
     s = our_settings("", precision, steps, stage="finetune", task="sst2", sparsity=0.0, data=folder, init=directory,
                      batch_size=TASK_ROWS, dropout=0.1)
-    model, _, data, _ = train.build_model_and_data(s, Path(directory))
+    model, _, data = train.build_model_and_data(s, Path(directory), print)
     train.prepare_layers(s, model)
     len(data)                                       # tokenizes
     return our_seconds(s, model, None, data)
@@ -156,9 +159,10 @@ def measure(what, contender, precision, steps, arguments):
     """One contender in this process: {per_second, peak_gb}. Pre-training counts tokens, fine-tuning examples."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+    run.LOG_EVERY = 1
     if what == "sst2":
-        run = fine_tune_ours if contender == "ours" else fine_tune_theirs
-        seconds, items = run(precision, steps, arguments.data, arguments.model), TASK_ROWS
+        fine_tune = fine_tune_ours if contender == "ours" else fine_tune_theirs
+        seconds, items = fine_tune(precision, steps, arguments.data, arguments.model), TASK_ROWS
         typical = statistics.mean(seconds)          # lengths differ from batch to batch
     else:
         if contender.startswith("ours"):
@@ -194,7 +198,7 @@ def main():
     parser.add_argument("--only", choices=[*SIZES, "sst2"], help="one table")
     parser.add_argument("--data", default="", help="folder that holds SST-2, for fine-tuning")
     parser.add_argument("--model", default="", help="BERT directory, for fine-tuning")
-    parser.add_argument("--json", default=str(ROOT / "docs" / "training.json"), help="[docs/training.json]")
+    parser.add_argument("--json", default=str(ROOT / "bench" / "training.json"), help="[bench/training.json]")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -206,10 +210,10 @@ def main():
     tables = {**{size: PRETRAINING for size in SIZES}, **({"sst2": FINE_TUNING} if arguments.data else {})}
     if arguments.only:
         tables = {arguments.only: tables[arguments.only]}
-    precisions = ("fp32", "bf16") if train.has_bf16("cpu") else ("fp32",)
+    precisions = ("fp32", "bf16") if has_bf16("cpu") else ("fp32",)
     path = Path(arguments.json)
     found = json.loads(path.read_text()) if path.is_file() else {}
-    found["machine"] = f"{network.processor_name()}, {THREADS} threads, torch {torch.__version__}"
+    found["machine"] = f"{processor_name()}, {THREADS} threads, torch {torch.__version__}"
     for done in range(1, arguments.rounds + 1):
         for what, contenders in tables.items():
             for key in [f"{what}|{contender}|{precision}" for contender in contenders for precision in precisions]:
@@ -222,7 +226,7 @@ def main():
                 if run.returncode:
                     sys.exit(run.stderr)
                 found.setdefault(key, []).append(json.loads(run.stdout.splitlines()[-1]))
-                network.write_file(path, json.dumps(found, indent=1) + "\n")
+                write_file(path, json.dumps(found, indent=1) + "\n")
     print(found.pop("machine"))
     for what, contenders in tables.items():
         show(what, contenders, precisions, found)

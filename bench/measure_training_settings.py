@@ -1,8 +1,8 @@
-"""What the settings of training cost and give: tokens a second, peak memory, and the memory that train.py foretold.
+"""What the settings of training cost and give: tokens a second, peak memory, and what bench/memory.py foretold.
 
-    python docs/measure_training_settings.py                                    MiniLM-L6 at 16 x 128, six settings
-    python docs/measure_training_settings.py --preset bert-base --rows 4        BERT-Base at 4 x 128
-    python docs/measure_training_settings.py --preset bert-large --rows 1 --length 512 --only bf16 --steps 2
+    python -m bench.measure_training_settings                                    MiniLM-L6 at 16 x 128, three settings
+    python -m bench.measure_training_settings --preset bert-base --rows 4        BERT-Base at 4 x 128
+    python -m bench.measure_training_settings --preset bert-large --rows 1 --length 512 --only bf16 --steps 2
 
 The prune stage with its teacher, all positions distilled, through the loop of train.py itself; random weights, and text
 of random word pieces, which cost what words cost. All start from the same weights and read the same text, so that their
@@ -25,12 +25,14 @@ import torch  # noqa: E402
 
 import model as network  # noqa: E402
 import train  # noqa: E402
+from bench.memory import estimate_memory  # noqa: E402
+from formats import model_directory, run  # noqa: E402
+from formats.machine import cores, has_bf16, keep_freed_memory, processor_name  # noqa: E402
+from formats.run import Log  # noqa: E402
 
 SETTINGS = {
     "fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"},
     "bf16, micro-batch of a quarter": {"precision": "bf16", "micro_batch": 4},       # a divisor, here and there a row
-    "bf16, activation checkpointing": {"precision": "bf16", "activation_checkpointing": True},
-    "bf16, compile": {"precision": "bf16", "compile": True}, "fp32, compile": {"precision": "fp32", "compile": True},
 }
 
 
@@ -55,23 +57,24 @@ class RandomRows:
 
 def measure(preset, rows, length, steps, setting):
     """One setting in this process: {tokens_per_second, estimated_gb, peak_gb, loss of the last step}."""
-    network.keep_freed_memory()
+    keep_freed_memory()
+    run.LOG_EVERY = 1
     changes = dict(SETTINGS[setting])
     if "micro_batch" in changes:
         changes["micro_batch"] = max(1, rows // 4)
     s = train.resolve({"preset": preset, "stage": "prune", "batch_size": rows, "max_len": length, "steps": steps,
-                       "log_every": 1, "update_every": 0.5, "ramp_end": 0.4, **changes})
+                       "update_every": 0.5, "ramp_end": 0.4, **changes})
     torch.set_num_threads(s.threads)
     config = network.PRESETS[preset]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         torch.manual_seed(0)
-        network.save(network.build(config, "pretraining"), folder)
-        student, teacher = (network.load(folder, "pretraining") for _ in range(2))
+        model_directory.save(network.build(config, "pretraining"), folder)
+        student, teacher = (model_directory.load(folder, "pretraining") for _ in range(2))
         train.freeze(s, teacher)
         train.prepare_layers(s, student)
-        estimate = train.estimate_memory(s, student, teacher)
-        train.train(s, student, teacher, RandomRows(config, length), {}, train.Log(folder, 0), folder, None)
+        estimate = estimate_memory(s, student, teacher)
+        train.train(s, student, teacher, RandomRows(config, length), {}, Log(folder), folder, None)
         with open(folder / "log.csv") as file:
             log = list(csv.DictReader(file))
     speeds = [float(row["tokens_per_second"]) for row in log]
@@ -92,11 +95,11 @@ def main():
     if arguments.child:
         print(json.dumps(measure(arguments.preset, arguments.rows, arguments.length, arguments.steps, arguments.only)))
         return
-    print(f"{arguments.preset}, {arguments.rows} x {arguments.length}, {train.cores()} cores, "
-          f"{network.processor_name()}, torch {torch.__version__}")
+    print(f"{arguments.preset}, {arguments.rows} x {arguments.length}, {cores()} cores, "
+          f"{processor_name()}, torch {torch.__version__}")
     print(f"{'':<32}{'tokens/s':>10}{'peak GB':>10}{'foretold':>10}{'error':>8}{'loss':>10}")
     for setting in [arguments.only] if arguments.only else SETTINGS:
-        if setting.startswith("bf16") and not train.has_bf16("cpu"):
+        if setting.startswith("bf16") and not has_bf16("cpu"):
             continue
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", setting, "--child"],
                               capture_output=True, text=True)

@@ -44,8 +44,8 @@ def test_named_files_exist():
 
 
 def test_tiny_numbers_are_the_measured_ones():
-    """Each row of the tiny world's table against docs/tiny.json, to the printed digit."""
-    summary = json.loads((ROOT / "docs" / "tiny.json").read_text())["mean_and_deviation"]
+    """Each row of the tiny world's table against bench/tiny.json, to the printed digit."""
+    summary = json.loads((ROOT / "bench" / "tiny.json").read_text())["mean_and_deviation"]
     rows = dict(re.findall(r"^\| <!-- (\w+) -->[^|]*\|(.*)\|$", README, re.M))
     assert set(rows) == set(summary) - {"int8_fake"}
     for column, cells in rows.items():
@@ -58,7 +58,7 @@ def test_tiny_numbers_are_the_measured_ones():
 def test_the_tiny_world_tells_the_papers_story():
     """What the project promises of the embedded default, on the committed measurement."""
     average = {name: row["average"][0] for name, row in
-               json.loads((ROOT / "docs" / "tiny.json").read_text())["mean_and_deviation"].items()}
+               json.loads((ROOT / "bench" / "tiny.json").read_text())["mean_and_deviation"].items()}
     assert average["dense"] > 0.90
     assert average["no_pretraining"] <= average["dense"] - 0.05
     assert average["guessing"] < 0.60
@@ -70,7 +70,7 @@ def test_the_tiny_world_tells_the_papers_story():
 
 def test_real_numbers_are_the_measured_ones():
     """The MiniLM-L6 table against docs/sst2.json."""
-    runs = json.loads((ROOT / "docs" / "sst2.json").read_text())
+    runs = json.loads((ROOT / "bench" / "sst2.json").read_text())
 
     def row(upstream, task, sparsity, engine=None):
         loss, accuracy = runs[upstream]["metrics"]["validation_mlm_loss"], runs[task]["metrics"]["accuracy"]
@@ -89,8 +89,8 @@ def test_real_numbers_are_the_measured_ones():
 
 
 def test_numbers_of_the_five_tasks_are_the_measured_ones():
-    """The row of results against docs/tasks.json, and docs/sst2.json for SST-2."""
-    runs = json.loads((ROOT / "docs" / "tasks.json").read_text()) | json.loads((ROOT / "docs" / "sst2.json").read_text())
+    """The row of results against bench/tasks.json, and docs/sst2.json for SST-2."""
+    runs = json.loads((ROOT / "bench" / "tasks.json").read_text()) | json.loads((ROOT / "bench" / "sst2.json").read_text())
     score = {task: {name: f"{value:.1%}".rstrip("%") for name, value in runs[f"{task}/teacher"]["metrics"].items()}
              for task in ("sst2", "mnli", "qqp", "qnli", "squad")}
     minutes = {task: f"{runs[f'{task}/teacher']['training_seconds'] / 60:.0f} "
@@ -102,8 +102,8 @@ def test_numbers_of_the_five_tasks_are_the_measured_ones():
 
 
 def test_speeds_are_the_measured_ones():
-    """Each row of the speed table against docs/speed.json; and native is the fastest of all."""
-    base = {row["batch"]: row["ms"] for row in json.loads((ROOT / "docs" / "speed.json").read_text())["base"]["rows"]}
+    """Each row of the speed table against bench/speed.json; and native is the fastest of all."""
+    base = {row["batch"]: row["ms"] for row in json.loads((ROOT / "bench" / "speed.json").read_text())["base"]["rows"]}
     eager = {batch: times["torch eager fp32 (transformers)"] for batch, times in base.items()}
     for name in base[1]:
         one, many = base[1][name], base[16][name]
@@ -114,8 +114,8 @@ def test_speeds_are_the_measured_ones():
 
 
 def test_the_other_speeds_are_the_measured_ones():
-    """What the text below the speed table says, against docs/speed.json."""
-    parts = {name: part["rows"] for name, part in json.loads((ROOT / "docs" / "speed.json").read_text()).items()}
+    """What the text below the speed table says, against bench/speed.json."""
+    parts = {name: part["rows"] for name, part in json.loads((ROOT / "bench" / "speed.json").read_text()).items()}
     text = " ".join(README.split())
 
     def span(ratios, digits=1):
@@ -136,8 +136,8 @@ def test_the_other_speeds_are_the_measured_ones():
 
 
 def test_training_speeds_are_the_measured_ones():
-    """Each row of the training table against docs/training.json, medians over its rounds."""
-    found = json.loads((ROOT / "docs" / "training.json").read_text())
+    """Each row of the training table against bench/training.json, medians over its rounds."""
+    found = json.loads((ROOT / "bench" / "training.json").read_text())
     pairs = dict.fromkeys(name.rpartition("|")[0] for name in found if "|" in name)
     assert len(pairs) == 8
     for pair in pairs:

@@ -48,9 +48,9 @@ def test_watch_needs_a_run(tmp_path, capsys):
 
 
 def test_committed_curves_are_drawn_from_the_committed_log():
-    log = draw_curves.read_log(ROOT / "docs" / "tiny_prune.csv")
+    log = draw_curves.read_log(ROOT / "bench" / "tiny_prune.csv")
     picture = draw_curves.draw(log)
-    assert picture == (ROOT / "docs" / "tiny_prune.svg").read_text()
+    assert picture == (ROOT / "bench" / "tiny_prune.svg").read_text()
     tree = ElementTree.fromstring(picture)
     lines = [element.get("points").split() for element in tree.iter() if element.tag.endswith("polyline")]
     assert [len(points) for points in lines] == [len(log["step"])] * 5            # loss, mlm, kd; sparsity; rate

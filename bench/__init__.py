@@ -1,0 +1,12 @@
+"""What measures, and what it measured. Every file is a command: `python -m bench.NAME --help`.
+
+    benchmark.py            every engine side by side       (infer_cpu.py --benchmark)
+    size.py                 bytes, counted four ways        (infer_cpu.py --size)
+    agreement.py            an engine beside fake quantization      (infer_cpu.py --evaluate --agreement)
+    recipe_costs.py         what the published models cost  (train.py --recipe help)
+    memory.py               how much memory a stage will take
+    step_time.py            where the time of a training step goes
+    watch.py                how a run stands, from its log
+    measure_*.py            the evidence that README quotes, each with its .json
+    collect_runs.py, draw_curves.py     results of a folder of runs; the curves of one
+"""
