@@ -92,3 +92,11 @@ def preset_of(directory):
             return name
     raise InputError(f"{directory} has {config.num_hidden_layers} layers of {config.hidden_size}: the shape of no "
                      f"preset; name the recipe to use with --preset {'|'.join(PRESETS)}")
+
+
+def compression_of(directory):
+    """What config.json records of the training: task, max_len, pattern, ... ; {} for a model from elsewhere."""
+    value = kind_of(directory)[2].get("compression") or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{Path(directory) / 'config.json'} says compression {value!r}; expected an object")
+    return value

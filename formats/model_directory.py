@@ -226,3 +226,9 @@ def load_compression(model, directory, fresh=()):
                              f"{list(layer.weight.shape)}")
         layer.mask.copy_(unpack_bits(bits, layer.mask.shape))
         layer.act_range.copy_(act_range)
+
+
+def weight_files(path):
+    """One of WEIGHT_FILES -> [it], or an index and all the files that it lists."""
+    listed = read_json(path)["weight_map"].values() if path.suffix == ".json" else ()
+    return [path, *(path.with_name(name) for name in sorted(set(listed)))]

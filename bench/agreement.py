@@ -1,0 +1,52 @@
+"""An engine beside the fake-quantized model that was trained: `infer_cpu.py --evaluate --agreement`."""
+from pathlib import Path
+
+import torch
+
+import quant
+from formats import model_directory
+from formats.config import kind_of
+from infer_cpu import Engine
+from model import InputError
+
+
+def fake_quant_model(directory):
+    """The quantized model as it was trained: float32 arithmetic with fake quantization. A function of a batch."""
+    kind, _, raw = kind_of(directory)
+    record = raw.get("compression") or {}
+    bits, scales = record.get("activation_bits"), record.get("weight_scales")
+    if bits not in range(2, 9) or scales not in ("row", "tensor"):
+        raise InputError(f"--agreement compares with the fake-quantized model, and {Path(directory) / 'config.json'} "
+                         f"has no activation_bits and weight_scales; run python train.py --stage quantize first")
+    model = model_directory.load(directory, kind).eval()
+    quant.prepare(model, bits, scales)
+    return Engine(directory, "fake-quant", model, "", 0, 0)
+
+
+def keeping_logits(engine, logits):
+    """The engine as `predict`, which also keeps the logits of every real token or row."""
+    def predict(batch):
+        result = engine(batch)
+        tokens = batch["attention_mask"].bool()
+        logits.extend([part[tokens] for part in result] if isinstance(result, tuple) else [result])
+        return result
+    return predict
+
+
+def agreement(data, engine, reference, limit):
+    """(metrics and predictions of engine, figures): the share of equal predictions on every dev set, the largest logit
+    difference."""
+    ours, theirs = [], []
+    metrics, predictions = data.evaluate(keeping_logits(engine, ours), limit=limit)
+    reference_metrics, expected = data.evaluate(keeping_logits(reference, theirs), limit=limit)
+    shares, count = {}, 0
+    for name, found in predictions.items():
+        pairs = [(found[key], expected[name][key]) for key in (found if isinstance(found, dict) else range(len(found)))]
+        shares[name] = sum(a == b for a, b in pairs) / len(pairs)
+        count += len(pairs)
+    ours, theirs = torch.cat([part.flatten() for part in ours]), torch.cat([part.flatten() for part in theirs])
+    figures = {"examples": count, "equal_predictions": shares, "fake_quant_metrics": reference_metrics,
+               "largest_logit_difference": float((ours - theirs).abs().max()),
+               "mean_logit_difference": float((ours - theirs).abs().mean()),
+               "logit_standard_deviation": float(theirs.std())}
+    return metrics, predictions, figures

@@ -1,0 +1,9 @@
+"""The compiled engine: sparse INT8 products and the whole encoder in C++, in the order to read them.
+
+    vectors.h       the vector types, and the three functions that differ from CPU to CPU
+    products.h      a layer's weights, and its product in three forms
+    encoder.cpp     embeddings, layer norm, attention, and the encoder made of them; the C interface
+    weights.py      a quant.PackedLinear laid out as products.h reads it; one product
+    build.py        how it is compiled, cached, opened and checked against PyTorch
+    engine.py       a whole encoder as a function: the slot model.Encoder.kernel
+"""
