@@ -15,8 +15,8 @@ Every engine is the network of model.py with functions set into its slots: `Line
     fp32     dense float32 weights, zeros included
     int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
     sparse   only the weights that live, in integers too: the same numbers as int8
-    native   the same numbers again by infer_cpu.cpp, which a C++ compiler makes for this CPU on first use; padding is
-             not computed
+    native   the same numbers again by native/, which a C++ compiler makes for this CPU on first use; padding is not
+             computed
     auto     the fastest of int8, sparse and (where there is a compiler) native for this model on this machine; fp32 for
              a model that is not quantized
 
@@ -27,39 +27,34 @@ From Python:
                                                                     contexts=[...], one per question
     engine(dict(input_ids=..., attention_mask=..., token_type_ids=...))         logits
 """
-import argparse
 import contextlib
-import ctypes
-import hashlib
 import json
 import math
-import os
-import platform
-import re
-import shlex
-import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 import warnings
-import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import model as network
 import quant
 from data import DataError, tiny
+from data.encode import check_texts, encoder_for, label_names, random_batch
 from data.metrics import best_span
-from data.tasks import TASKS, TaskData
-from data.text import load_tokenizer
+from data.tasks import TASKS
+from formats import model_directory
+from formats.command import Parser, positive_int, positive_ints
+from formats.config import compression_of, kind_of
+from formats.files import make_folder, write_file
+from formats.int8 import read_int8
+from formats.machine import keep_freed_memory, medians_in_turn, seconds
 from model import InputError, linears
+from native.build import native_library
+from native.engine import take_over
+from native.weights import NativeError
 
 # torch says so once per process; both are what we rely on, in the version that requirements.txt pins.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -67,7 +62,6 @@ warnings.filterwarnings("ignore", message=".*quantized tensor creation functions
 
 ENGINES = ("fp32", "int8", "sparse", "native")
 TILE = 32               # tokens per CSR product: a tile of 3072 inputs (384 KB) stays in the second-level cache
-HOME = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,17 +163,15 @@ def exact_in_float32(packed):
     return largest * int(quant.unpack(packed).int().abs().sum(1).max()) <= 2 ** 24
 
 
-class quantized_engine:
-    """`with quantized_engine("qnnpack"):` torch's old quantized operators look at one global setting."""
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        self.before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = self.name         # RuntimeError where torch was built without it
-
-    def __exit__(self, *_):
-        torch.backends.quantized.engine = self.before
+@contextlib.contextmanager
+def quantized_engine(name):
+    """torch's old quantized operators look at one global setting. RuntimeError where torch was built without it."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def is_exact(kernel, packed):
@@ -213,12 +205,6 @@ def fastest(kernels, packed):
     best = min(times, key=times.get)
     others = [f"{name} {1e3 * value:.2f}" for name, value in times.items()]
     return kernels[best], f"{best} ({', '.join(others)} ms for {packed.shape[1]} -> {packed.shape[0]}, 128 tokens)"
-
-
-def seconds(function):
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,12 +258,12 @@ def load(directory, engine="auto", threads=None, say=print):
     if threads:
         torch.set_num_threads(threads)
     directory = Path(directory)
-    quant.kind_of(directory)                    # is it a model directory at all?
+    kind_of(directory)                    # is it a model directory at all?
     if engine == "fp32":
         return load_fp32(directory)
     if (directory / "int8.safetensors").is_file():
         if engine == "native":
-            model, packed, metadata = quant.read_int8(directory)
+            model, packed, metadata = read_int8(directory)
             return native_engine(directory, model, packed, native_library(int(metadata["activation_bits"]), say))
         return load_auto(directory, say) if engine == "auto" else load_integer(directory, engine, say)
     if engine == "auto":
@@ -289,23 +275,23 @@ def load(directory, engine="auto", threads=None, say=print):
 
 def load_fp32(directory):
     """Engine fp32: the plain weights, masked once."""
-    network.keep_freed_memory()
-    kind, *_ = quant.kind_of(directory)
-    model = network.load(directory, kind).eval().requires_grad_(False)
+    keep_freed_memory()
+    kind, *_ = kind_of(directory)
+    model = model_directory.load(directory, kind).eval().requires_grad_(False)
     for _, layer in linears(model):
         layer.weight *= layer.mask
         layer.mask = None                       # not read any more
         layer.kernel = partial(F.linear, weight=layer.weight, bias=layer.bias)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    path = next(path for name in network.WEIGHT_FILES if (path := directory / name).is_file())
-    disk = sum(file.stat().st_size for file in weight_files(path))
+    path = next(path for name in model_directory.WEIGHT_FILES if (path := directory / name).is_file())
+    disk = sum(file.stat().st_size for file in model_directory.weight_files(path))
     return Engine(directory, "fp32", model, "dense float32", size, disk)
 
 
 def load_integer(directory, name, say=print):
     """Engine int8 or sparse, from int8.safetensors. Kernels are chosen by timing the largest layer of each pattern."""
-    network.keep_freed_memory()
-    model, packed, metadata = quant.read_int8(directory)
+    keep_freed_memory()
+    model, packed, metadata = read_int8(directory)
     if metadata["activation_bits"] == "8" and quant.saturates():
         say("warning: this CPU has no VNNI, and 8-bit activations may saturate its INT8 product; quantize with "
             "--activation-bits 7 for exact results here")
@@ -318,8 +304,7 @@ def load_integer(directory, name, say=print):
         largest = max((packed[key] for key in kinds if kinds[key] == kind), key=lambda layer: math.prod(layer.shape))
         chosen[kind], note = fastest(DENSE_KERNELS if kind == "dense" else SPARSE_KERNELS, largest)
         notes.append(f"{list(kinds.values()).count(kind)} {kind} layers by {note}")
-    tensors = [*model.parameters(), *model.buffers()]           # buffers: int8 embeddings
-    size = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+    size = plain_bytes(model)
     for layer_name, layer in linears(model):
         layer.kernel, layer_bytes = chosen[kinds[layer_name]](packed[layer_name])
         size += layer_bytes
@@ -327,20 +312,16 @@ def load_integer(directory, name, say=print):
 
 
 def native_engine(directory, model, packed, library):
-    """Engine native of what quant.read_int8 returns. InputError if the model has sizes that it does not take."""
-    tensors = [*model.parameters(), *model.buffers()]
-    size = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
-    model.encoder.kernel = encoder = NativeEncoder(library, model, packed)
-    for name, layer in linears(model):
-        if name in packed:                          # the heads: the encoder has taken its own
-            layer.kernel, layer_bytes = native_linear(library, packed[name])
-            size += layer_bytes
-    weights = [each for layer in encoder.weights for each in layer]
-    counts = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(3))
-    layout = ", ".join(f"{count} products in {form}" for count, form in counts if count)
-    size += sum(array.nbytes for each in weights for array in each.arrays)
-    return Engine(directory, "native", model, f"{layout} by {instructions(library)}", size,
+    """Engine native of what read_int8 returns. InputError if the model has sizes that it does not take."""
+    size = plain_bytes(model)
+    layout, native_bytes = take_over(model, packed, library)
+    return Engine(directory, "native", model, layout, size + native_bytes,
                   (directory / "int8.safetensors").stat().st_size)
+
+
+def plain_bytes(model):
+    """Of what is not packed: embeddings, norms, biases."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
 
 
 def load_auto(directory, say=print):
@@ -348,102 +329,49 @@ def load_auto(directory, say=print):
 
     Where native takes less than the products of torch's engines alone would, these are not even loaded.
     """
-    model, packed, metadata = quant.read_int8(directory)
-    batch, engines, tokens = random_batch(model.config, 1, 128), [], min(128, model.config.max_position_embeddings)
-    sizes = {name: math.prod(layer.shape) for name, layer in packed.items()}
-    largest = packed[max(sizes, key=sizes.get)]
+    model, packed, metadata = read_int8(directory)
+    tokens, engines = min(128, model.config.max_position_embeddings), []
+    batch = random_batch(model.config, 1, tokens)
     try:
-        engines.append(native_engine(directory, model, packed, native_library(int(metadata["activation_bits"]), say)))
-        sparse = largest.pattern != "dense" and exact_in_float32(largest)
-        kernel, note = fastest({**DENSE_KERNELS, **(SPARSE_KERNELS if sparse else {})}, largest)
-        product = partial(kernel(largest)[0], torch.randn(tokens, largest.shape[1]))
-        products = min(seconds(product) for _ in range(5)) * sum(sizes.values()) / max(sizes.values())
-        whole = measure(engines, batch, least=5, budget=0.1)["native"]
+        products, note = products_of_torch(packed, tokens)          # before native takes the layers over
+        library = native_library(int(metadata["activation_bits"]), say)
+        engines.append(native_engine(directory, model, packed, library))
+        whole = medians_in_turn(engines, batch, least=5, budget=0.1)["native"]
         if whole < products:
             say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where the products alone take "
                 f"{1e3 * products:.1f} ms by the best of torch's, {note}")
             return engines[0]
     except NativeError as error:
         say(f"{error}; the engines of torch take over")
-    except InputError as error:
-        say(f"engine native: {error}")
-        return engines[0]
     for name, listener in (("int8", say), ("sparse", lambda _: None)):
         with contextlib.suppress(InputError) if engines else contextlib.nullcontext():     # a dense model has no sparse
             engines.append(load_integer(directory, name, listener))
-    times = measure(engines, batch, least=5, budget=1.0)
+    times = medians_in_turn(engines, batch, least=5, budget=1.0)
     best = min(engines, key=lambda engine: times[engine.name])
     say(f"engine {best.name}: the fastest one here on a row of {tokens} tokens, "
         + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in times.items()))
     return best
 
 
-def random_batch(config, batch_size, length):
-    """A full batch of random tokens."""
-    length = min(length, config.max_position_embeddings)
-    ids = torch.randint(0, config.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-
-
-def measure(engines, batch, least=7, budget=20.0):
-    """Median seconds of a batch per engine: warmed up twice, then in turn, so that a busy moment hits all alike.
-
-    At least `least` rounds, more (to 50) while `budget` seconds last.
-    """
-    for engine in engines * 2:
-        engine(batch)
-    times, begin = {engine.name: [] for engine in engines}, time.perf_counter()
-    for number in range(50):
-        if number >= least and time.perf_counter() - begin > budget:
-            break
-        for engine in engines:
-            times[engine.name].append(seconds(partial(engine, batch)))
-    return {name: statistics.median(values) for name, values in times.items()}
+def products_of_torch(packed, tokens):
+    """(seconds that all products of a model would take by torch's fastest kernel, judged by the largest layer; a note
+    about that kernel). Infinite where torch has no exact kernel."""
+    sizes = {name: math.prod(layer.shape) for name, layer in packed.items()}
+    largest = packed[max(sizes, key=sizes.get)]
+    sparse = largest.pattern != "dense" and exact_in_float32(largest)
+    try:
+        kernel, note = fastest({**DENSE_KERNELS, **(SPARSE_KERNELS if sparse else {})}, largest)
+    except InputError as error:
+        return math.inf, str(error)
+    product = partial(kernel(largest)[0], torch.randn(tokens, largest.shape[1]))
+    return min(seconds(product) for _ in range(5)) * sum(sizes.values()) / max(sizes.values()), note
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --text
 
-def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev"):
-    """A TaskData of the model's tokenizer and row length: with `folder` it has the split, without it only encodes."""
-    config = network.read_config(directory)[0]
-    name = task or ("squad" if kind == "span" else "sst2")
-    length = max_len or compression_of(directory).get("max_len") or min(TASKS[name].max_length,
-                                                                         config.max_position_embeddings)
-    if not isinstance(length, int) or not 8 <= length <= config.max_position_embeddings:
-        raise InputError(f"rows of {length} tokens do not fit {directory}, which takes 8 to "
-                         f"{config.max_position_embeddings}; give another --max-len")
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the model "
-                         f"{config.vocab_size}; they do not belong together")
-    return TaskData(name, folder or ".", tokenizer, length, splits=(split,) if folder else ())
-
-
-def label_names(directory, count):
-    """The names of the classes, from config.json's id2label; their numbers if it has none."""
-    names = quant.kind_of(directory)[2].get("id2label")
-    return [str(names.get(str(number), number)) if isinstance(names, dict) else str(number) for number in range(count)]
-
-
-def check_texts(settings, kind, task):
-    """InputError unless --text-pair or --context go with --text as this model wants them."""
-    texts, pairs, contexts = len(settings.text), len(settings.text_pair), len(settings.context)
-    if kind == "span":
-        if pairs or contexts not in (1, texts):
-            raise InputError(f"this model answers questions: --text is the question, --context its passage, once or "
-                             f"once per --text; found {contexts} for {texts}, and {pairs} --text-pair")
-        return
-    if contexts:
-        raise InputError("--context is for a model that answers questions, and this one classifies; use --text-pair")
-    allowed = (0, texts) if task not in TASKS else (texts,) if len(TASKS[task].text_columns) == 2 else (0,)
-    if pairs not in allowed:
-        raise InputError(f"this model{f' ({task})' if task in TASKS else ''} wants {' or '.join(map(str, allowed))} "
-                         f"--text-pair for {texts} --text, the n-th to go with the n-th; found {pairs}")
-
-
 def run_text(settings):
-    kind, *_ = quant.kind_of(settings.model)
+    kind, *_ = kind_of(settings.model)
     if kind == "pretraining":
         raise InputError(f"{settings.model} is a pre-trained model without a task; fine-tune it first: python train.py "
                          f"--stage finetune --task TASK")
@@ -461,50 +389,35 @@ def run_text(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # --evaluate
 
-def make_folder(path):
-    """The folder of --predictions, made if it is not there; InputError if nothing can be written to it."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise InputError(f"--predictions {path}: {error.strerror}; give a folder that can be written to") from None
-
-
 def run_evaluate(settings):
-    kind, *_ = quant.kind_of(settings.model)
+    kind, *_ = kind_of(settings.model)
     task = settings.task or compression_of(settings.model).get("task")
     if task not in TASKS:
         raise InputError(f"{settings.model} does not say which task it was trained on; give --task, one of "
                          f"{', '.join(TASKS)}")
     if TASKS[task].kind != kind:
         raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {settings.model} is a {kind} model")
-    folder = settings.data or tiny.ensure(HOME / "data" / "tiny")
+    folder = settings.data or tiny.ensure(Path(__file__).resolve().parent / "data" / "tiny")
     data = encoder_for(settings.model, kind, settings.max_len, task, folder, settings.split)
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     classes = engine.model.classifier.out_features if kind == "classification" else len(data.labels)
     if classes != len(data.labels):
         raise InputError(f"--task {task} has {len(data.labels)} labels, and {settings.model} tells {classes} apart")
-    reference = fake_quant_model(settings.model) if settings.agreement else None
     predictions_folder = make_folder(settings.predictions) if settings.predictions else None
     report = {"engine": engine.name, "layout": engine.layout, "task": task}
     if settings.agreement:
-        report["metrics"], predictions, figures = agreement(data, engine, reference, settings.limit)
-        report["agreement"] = figures
+        from bench import agreement
+        report["metrics"], predictions, report["agreement"] = agreement.compare(data, engine, settings.limit)
     else:
         report["metrics"], predictions = data.evaluate(engine, limit=settings.limit)
     print("\n".join([*data.notes(), f"{task}, engine {engine.name}: " + (
         ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items()) or "no labels to compare with")]))
     if predictions_folder:
         for name, content in data.prediction_files(predictions).items():
-            network.write_file(predictions_folder / name, content)
+            write_file(predictions_folder / name, content)
             print(f"wrote {predictions_folder / name}")
     if settings.agreement:
-        shares = ", ".join(f"{share:.2%} of {name}" for name, share in figures["equal_predictions"].items())
-        print(f"same prediction as the fake-quantized model on {shares}; logits differ by at most "
-              f"{figures['largest_logit_difference']:.4f}, {figures['mean_logit_difference']:.5f} on average (their "
-              f"standard deviation is {figures['logit_standard_deviation']:.2f})")
+        print(agreement.sentence(report["agreement"]))
     return report
 
 
@@ -517,7 +430,7 @@ def to_stderr(line):
 
 def parse(arguments=None):
     """Command line -> settings. Exits with code 2 on an unknown flag or value."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("infer_cpu.py", description=__doc__)
     parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a directory that train.py wrote")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--text", action="append", help="a text to classify, or a question; may be given several times")
@@ -525,9 +438,9 @@ def parse(arguments=None):
     mode.add_argument("--benchmark", action="store_true", help="time every engine")
     mode.add_argument("--size", action="store_true", help="count the bytes, layer kind by layer kind")
     parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto")
-    parser.add_argument("--threads", type=count, help="default: torch's own choice")
+    parser.add_argument("--threads", type=positive_int, help="default: torch's own choice")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--max-len", type=count, help="tokens per row; default: as trained, or 128")
+    parser.add_argument("--max-len", type=positive_int, help="tokens per row; default: as trained, or 128")
     parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
     parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
     parser.add_argument("--task", choices=tuple(TASKS), help="with --evaluate; default: what the model was trained on")
@@ -535,9 +448,9 @@ def parse(arguments=None):
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="with --evaluate; test has no labels")
     parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there, as GLUE's server "
                         "and SQuAD's script take them")
-    parser.add_argument("--limit", type=count, help="with --evaluate: only so many examples of a dev set")
+    parser.add_argument("--limit", type=positive_int, help="with --evaluate: only so many examples of a dev set")
     parser.add_argument("--agreement", action="store_true", help="with --evaluate: compare with the fake-quant model")
-    parser.add_argument("--batch-size", type=counts, default=[1, 16], help="with --benchmark: for example 1,16")
+    parser.add_argument("--batch-size", type=positive_ints, default=[1, 16], help="with --benchmark: for example 1,16")
     parser.add_argument("--random", choices=tuple(network.PRESETS), help="with --benchmark, --size: random weights")
     parser.add_argument("--sparsity", type=float, help="with --random: share of zeros; default 0.85")
     parser.add_argument("--pattern", default="unstructured", help="with --random: unstructured, 1x4, RxC or N:M")
@@ -553,6 +466,19 @@ def parse(arguments=None):
     return settings
 
 
+def run(settings):
+    """Do what was typed; returns all figures."""
+    if settings.text:
+        return run_text(settings)
+    if settings.evaluate:
+        return run_evaluate(settings)
+    if settings.size:
+        from bench.size import run_size
+        return run_size(settings)
+    from bench.benchmark import run_benchmark
+    return run_benchmark(settings)
+
+
 def main(arguments=None):
     settings = parse(arguments)
     try:
@@ -560,11 +486,9 @@ def main(arguments=None):
             raise InputError(f"--json {settings.json} is a folder, or in a folder that is not there; give a file name")
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        run = (run_text if settings.text else run_evaluate if settings.evaluate else run_size if settings.size else
-               run_benchmark)
         report = run(settings)
         if settings.json:
-            network.write_file(settings.json, json.dumps(report, indent=1))
+            write_file(settings.json, json.dumps(report, indent=1))
     except (InputError, DataError) as error:
         print(f"infer_cpu.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -33,10 +33,10 @@ def keeping_logits(engine, logits):
     return predict
 
 
-def agreement(data, engine, reference, limit):
+def compare(data, engine, limit):
     """(metrics and predictions of engine, figures): the share of equal predictions on every dev set, the largest logit
     difference."""
-    ours, theirs = [], []
+    ours, theirs, reference = [], [], fake_quant_model(engine.directory)
     metrics, predictions = data.evaluate(keeping_logits(engine, ours), limit=limit)
     reference_metrics, expected = data.evaluate(keeping_logits(reference, theirs), limit=limit)
     shares, count = {}, 0
@@ -50,3 +50,11 @@ def agreement(data, engine, reference, limit):
                "mean_logit_difference": float((ours - theirs).abs().mean()),
                "logit_standard_deviation": float(theirs.std())}
     return metrics, predictions, figures
+
+
+def sentence(figures):
+    """What `compare` found, for a person."""
+    shares = ", ".join(f"{share:.2%} of {name}" for name, share in figures["equal_predictions"].items())
+    return (f"same prediction as the fake-quantized model on {shares}; logits differ by at most "
+            f"{figures['largest_logit_difference']:.4f}, {figures['mean_logit_difference']:.5f} on average (their "
+            f"standard deviation is {figures['logit_standard_deviation']:.2f})")

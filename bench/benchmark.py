@@ -2,7 +2,6 @@
 import ctypes
 import json
 import statistics
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 import model as network
 import prune
 import quant
+from data.encode import random_batch
 from formats.config import config_json, kind_of
 from formats.files import write_file
 from formats.int8 import write_int8
-from formats.machine import processor_name
+from formats.machine import medians_in_turn, processor_name, seconds
 from formats.model_directory import save
-from infer_cpu import ENGINES, load, measure, random_batch, seconds, to_stderr
+from infer_cpu import ENGINES, load, to_stderr
 from model import InputError, linears
 from native.engine import PARTS
 from native.weights import native_weights
@@ -84,7 +84,7 @@ def benchmark(settings, directory):
               "unavailable": unavailable, "rows": []}
     print(report["machine"])
     for batch_size in settings.batch_size:
-        times = measure(engines, random_batch(config, batch_size, length))
+        times = medians_in_turn(engines, random_batch(config, batch_size, length))
         print(f"\n{batch_size} x {length} tokens    ms  sequences/s  x fp32  disk MB  memory MB")
         for engine in engines:
             row = {"engine": engine.name, "layout": engine.layout, "batch_size": batch_size,

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from model import InputError
@@ -52,3 +53,14 @@ def read_json(path):
 def names_in_short(names, limit=6):
     """'a, b, c and 4 more'."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def make_folder(path):
+    """The folder of --predictions, made if it is not there; InputError if nothing can be written to it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"--predictions {path}: {error.strerror}; give a folder that can be written to") from None

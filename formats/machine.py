@@ -3,6 +3,9 @@ import contextlib
 import ctypes
 import os
 import platform
+import statistics
+import time
+from functools import partial
 
 import torch
 
@@ -38,3 +41,25 @@ def keep_freed_memory():
         set_option = ctypes.CDLL(None).mallopt
         set_option(-3, 1 << 30)           # M_MMAP_THRESHOLD
         set_option(-1, (1 << 31) - 1)     # M_TRIM_THRESHOLD
+
+
+def seconds(function):
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def medians_in_turn(engines, batch, least=7, budget=20.0):
+    """Median seconds of a batch per engine: warmed up twice, then in turn, so that a busy moment hits all alike.
+
+    At least `least` rounds, more (to 50) while `budget` seconds last.
+    """
+    for engine in engines * 2:
+        engine(batch)
+    times, begin = {engine.name: [] for engine in engines}, time.perf_counter()
+    for number in range(50):
+        if number >= least and time.perf_counter() - begin > budget:
+            break
+        for engine in engines:
+            times[engine.name].append(seconds(partial(engine, batch)))
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import quant
 from native.engine import Norm
 from native.weights import (FORMS, INTEGER, POINTER, SCATTERED, SMALL, STRIPES, WORDS, NativeError, from_tiles,
-                            native_linear, native_weights, to_tiles)
+                            instructions, native_linear, native_weights, to_tiles)
 
 HOME = Path(__file__).resolve().parent
 SOURCES = ("vectors.h", "products.h", "encoder.cpp")        # the last one is compiled, and includes the others
@@ -160,7 +160,3 @@ def check_floats(library):
             "layer norms", normed, F.layer_norm(from_tiles(context, tokens), (width,), gain, bias, 1e-12))):
         if not torch.allclose(from_tiles(found, tokens), right, atol=1e-4 * float(right.abs().max())):
             raise NativeError(f"engine native computes wrong {name} on this machine; use another engine")
-
-
-def instructions(library):
-    return "plain C++" if library.portable else library.instructions().decode()

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import quant
-from model import InputError
-from native.weights import INTEGER, POINTER, SMALL, NativeError, native_weights
+from model import InputError, linears
+from native.weights import FORMS, INTEGER, POINTER, SMALL, NativeError, instructions, native_linear, native_weights
 
 # The parts of `encode` that are timed, in the order of enum Part in encoder.cpp; the first, and the third to fifth,
 # are the products of a layer.
@@ -102,3 +102,19 @@ class NativeEncoder:
         padded = torch.zeros(*real.shape, hidden.shape[1])
         padded[real] = hidden
         return padded
+
+
+def take_over(model, packed, library):
+    """Set the kernels of a packed model, of its encoder and its heads. Returns (how it lies in words, bytes of weights
+    held). packed: {name of Linear: PackedLinear}, of which the encoder's are removed. NativeError if the model has
+    sizes that the library does not take."""
+    model.encoder.kernel = encoder = NativeEncoder(library, model, packed)
+    weights, size = [each for layer in encoder.weights for each in layer], 0
+    for name, layer in linears(model):
+        if name in packed:                          # the heads: the encoder has taken its own
+            layer.kernel, layer_bytes = native_linear(library, packed[name])
+            size += layer_bytes
+    size += sum(array.nbytes for each in weights for array in each.arrays)
+    numbers = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(3))
+    layout = ", ".join(f"{number} products in {form}" for number, form in numbers if number)
+    return f"{layout} by {instructions(library)}", size

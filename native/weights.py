@@ -120,3 +120,7 @@ def native_linear(library, packed, form=None):
         library.linear(ctypes.addressof(weights), len(rows), levels.data_ptr(), y.data_ptr(), None, None)
         return from_tiles(y, len(rows))[:, :out].reshape(*x.shape[:-1], out)
     return product, sum(array.nbytes for array in weights.arrays)
+
+
+def instructions(library):
+    return "plain C++" if library.portable else library.instructions().decode()
