@@ -17,10 +17,12 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from data import tiny  # noqa: E402
+from formats import run  # noqa: E402
 
 torch.set_num_threads(1)
+run.LOG_EVERY = 1
 
-SHORT = ["--preset", "tiny", "--batch-size", "8", "--max-len", "48", "--threads", "1", "--log-every", "1"]
+SHORT = ["--preset", "tiny", "--batch-size", "8", "--max-len", "48", "--threads", "1"]
 
 
 def make_world(folder):
@@ -75,6 +77,12 @@ def chain(world, tmp_path_factory):
     for arguments in commands(world, out).values():
         train.main(arguments)
     return out
+
+
+def save_every(monkeypatch, steps, kept=2):
+    """Checkpoints by the number of the step, and how many stay; also in children that are forked from here."""
+    monkeypatch.setattr(run.Progress, "save_is_due", lambda progress: progress.bar.n % steps == 0)
+    monkeypatch.setattr(run, "CHECKPOINTS_KEPT", kept)
 
 
 def fails(capsys, *arguments):

@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from conftest import DIRECTORIES, commands, make_world  # noqa: E402
 
 import infer_cpu  # noqa: E402
-import model as network  # noqa: E402
 import train  # noqa: E402
-from conftest import DIRECTORIES, commands, make_world  # noqa: E402
 from data import DataError, shards, tasks, text  # noqa: E402
+from bench import watch
+from formats import model_directory, safetensors
+from formats.run import checkpoints, newest_checkpoint, save_checkpoint
 
 SECONDS, MEMORY = 60, 2 << 30          # of a case; of waiting, because others may use the same machine
 NASTY = [b"\x00", b"\xff\xfe", b"\r", b"\n\n", b"\t", b"\"", b"'", b"\\", b"{", b"[[[[", b"]", b"</doc>", b"<doc id=",
@@ -154,13 +156,13 @@ def read_model(folder, chain, world, generator):
     """config.json, weights and masks."""
     directory = mutated_copy(chain / "prune-1x4-0.85", folder, ["config.json", "model.safetensors",
                                                                 "compression.safetensors"], generator)
-    network.load(directory, generator.choice(["pretraining", "classification", "span"]), num_labels=2, fresh_head=True,
+    model_directory.load(directory, generator.choice(["pretraining", "classification", "span"]), num_labels=2, fresh_head=True,
                  say=lambda line: None)
 
 
 def read_pickle(folder, chain, world, generator):
     """pytorch_model.bin in place of model.safetensors: mutated, or with a trap inside."""
-    tensors, _ = network.read_safetensors(chain / "pretrain" / "model.safetensors")
+    tensors, _ = safetensors.read_safetensors(chain / "pretrain" / "model.safetensors")
     directory, trap = folder / "model", folder / "trapped"
     directory.mkdir()
     shutil.copy(chain / "pretrain" / "config.json", directory)
@@ -173,22 +175,22 @@ def read_pickle(folder, chain, world, generator):
         torch.save(tensors, path)
         path.write_bytes(mutate_bytes(path.read_bytes(), generator))
     try:
-        network.load(directory, "pretraining", say=lambda line: None)
+        model_directory.load(directory, "pretraining", say=lambda line: None)
     finally:
         if trap.exists():
             raise RuntimeError("a file was executed")
 
 
 def read_checkpoint(folder, chain, world, generator):
-    settings, model = train.Settings(), torch.nn.Linear(4, 3)
-    train.save_checkpoint(settings, {}, folder, model, torch.optim.AdamW(model.parameters()), 1, 1.0)
-    path, trap = train.checkpoints(folder)[0], folder / "trapped"
+    settings, model = train.asdict(train.Settings()), torch.nn.Linear(4, 3)
+    save_checkpoint(folder, settings, {}, model, torch.optim.AdamW(model.parameters()), 1, 1.0)
+    path, trap = checkpoints(folder)[0], folder / "trapped"
     if generator.random() < 0.2:
         torch.save({"settings": Trap(trap)}, path)
     else:
         path.write_bytes(mutate_bytes(path.read_bytes(), generator))
     try:
-        train.newest_checkpoint(settings, {}, folder, [])
+        newest_checkpoint(folder, settings, {}, [].append)
     finally:
         if trap.exists():
             raise RuntimeError("a file was executed")
@@ -214,7 +216,7 @@ def read_int8(folder, chain, world, generator):
 
 def read_log(folder, chain, world, generator):
     mutated_copy(chain / "pretrain", folder, ["log.csv", "run.json"], generator)
-    train.main(["--watch", str(folder / "model")])
+    watch.main([str(folder / "model")])
 
 
 def read_command(folder, chain, world, generator):

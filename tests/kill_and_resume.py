@@ -18,16 +18,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import train  # noqa: E402
 from conftest import DIRECTORIES, commands, exit_code, make_world, start  # noqa: E402
 
+from formats import run
+
 WEIGHTS = ("model.safetensors", "compression.safetensors", "int8.safetensors")
+
+
+def save_every_second_step():
+    run.Progress.save_is_due = lambda progress: progress.bar.n % 2 == 0
 
 
 def finish(arguments, scratch):
     """Run to the end."""
     printed = Path(scratch) / "printed.txt"
-    code = exit_code(start(arguments, printed))
+    code = exit_code(start(arguments, printed, save_every_second_step))
     if code:
         raise RuntimeError(f"train.py {' '.join(arguments)} failed with code {code}: {printed.read_text()[-2000:]}")
 
@@ -35,7 +40,7 @@ def finish(arguments, scratch):
 def kill(arguments, directory, steps, generator, while_writing):
     """Start, wait for a random moment, SIGKILL. Returns what was hit: 'writing' if half a file is left, 'steps' if a
     checkpoint is, 'start' before the first, 'end' after the last step, or None if the run was faster."""
-    child, log = start(arguments), directory / "log.csv"
+    child, log = start(arguments, prepare=save_every_second_step), directory / "log.csv"
     moment, seen, reached = generator.randrange(steps + 2), set(), None
     writings, delay = generator.randrange(1, 4), generator.uniform(0, 0.05 if moment else 2)
     while not os.waitpid(child, os.WNOHANG)[0]:
@@ -52,7 +57,7 @@ def kill(arguments, directory, steps, generator, while_writing):
         return None
     if list(directory.glob(".*.tmp")):
         return "writing"
-    if not train.checkpoints(directory):
+    if not run.checkpoints(directory):
         return "start"
     return "end" if log.read_text().count("\n") > steps else "steps"
 
@@ -67,7 +72,7 @@ def torture(stage, chain, world, kills, seed, steps, scratch):
             shutil.copytree(chain / parent, out / parent)
         directory = out / DIRECTORIES[stage]
         shutil.rmtree(directory)
-        arguments = [*commands(world, out, steps)[stage], "--save-every", "2", "--resume"]
+        arguments = [*commands(world, out, steps)[stage], "--resume"]
         for _ in range(min(3, kills - done)):
             what = kill(arguments, directory, steps, generator, while_writing=done % 3 == 0)
             if what is None:
@@ -79,7 +84,7 @@ def torture(stage, chain, world, kills, seed, steps, scratch):
             one, other = directory / name, chain / DIRECTORIES[stage] / name
             if one.exists() != other.exists() or one.exists() and one.read_bytes() != other.read_bytes():
                 raise RuntimeError(f"{stage}: {name} differs after {done} kills; look at {directory}")
-        if train.checkpoints(directory) or list(directory.glob(".*.tmp")):
+        if run.checkpoints(directory) or list(directory.glob(".*.tmp")):
             raise RuntimeError(f"{stage}: {directory} was not cleared away")
         shutil.rmtree(out)
     return hits

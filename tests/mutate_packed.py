@@ -2,7 +2,7 @@
 
     python tests/mutate_packed.py --count 10000
 
-Under AddressSanitizer, which sees every wrong read of infer_cpu.cpp:
+Under AddressSanitizer, which sees every wrong read of native/:
 
     export XDG_CACHE_HOME=$(mktemp -d) CXX="env -u LD_PRELOAD g++ -fsanitize=address" ASAN_OPTIONS=detect_leaks=0
     LD_PRELOAD=$(g++ -print-file-name=libasan.so) python tests/mutate_packed.py --count 10000
@@ -19,10 +19,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import infer_cpu                                                        # noqa: E402
-import model as network                                                 # noqa: E402
-import quant                                                            # noqa: E402
-from model import InputError, ModelConfig                               # noqa: E402
+import infer_cpu  # noqa: E402
+import model as network  # noqa: E402
+import quant  # noqa: E402
+from data import encode
+from formats import int8, model_directory
+from model import InputError, ModelConfig  # noqa: E402
+from native import build
 
 NUMBERS = (-1, 0, 1, 2, 3, 5, 7, 8, 12, 31, 64, 255, 2 ** 16, 2 ** 31, 2 ** 40, 2 ** 63, 1.5, "4", None, [], True)
 
@@ -43,8 +46,8 @@ def write_models(directory):
         quant.prepare(model, 8)
         paths.append(directory / f"model-{len(paths)}")
         paths[-1].mkdir()
-        network.save(model, paths[-1])
-        quant.write_int8(model, paths[-1])
+        model_directory.save(model, paths[-1])
+        int8.write_int8(model, paths[-1])
     return paths
 
 
@@ -93,7 +96,7 @@ def damaged(data, config, chance):
 def run(directory, count, seed=0):
     """Damage, open and run so many files -> how many were refused, and how many ran. Anything else is an exception."""
     models = write_models(directory)
-    library = infer_cpu.native_library(8, print)
+    library = build.native_library(8, print)
     broken, counts = directory / "broken", collections.Counter()
     broken.mkdir()
     for number in range(seed, seed + count):
@@ -104,9 +107,9 @@ def run(directory, count, seed=0):
         (broken / "int8.safetensors").write_bytes(data)
         (broken / "config.json").write_text(json.dumps(config))
         try:
-            model, packed, _ = quant.read_int8(broken)
+            model, packed, _ = int8.read_int8(broken)
             engine = infer_cpu.native_engine(broken, model, packed, library)
-            engine(infer_cpu.random_batch(model.config, 2, 12))
+            engine(encode.random_batch(model.config, 2, 12))
             counts["ran"] += 1
         except InputError as error:
             if not str(error) or "\n" in str(error):

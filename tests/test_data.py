@@ -15,10 +15,25 @@ from data import DataError
 from data import tasks as tasks_module
 from data import text as text_module
 from data.corpus import read_documents
-from data.metrics import accuracy, answer_f1, best_span, binary_f1, normalize_answer, squad_scores
+from data.metrics import (
+    accuracy,
+    answer_f1,
+    best_span,
+    binary_f1,
+    normalize_answer,
+    squad_scores,
+)
 from data.tasks import TASKS, TaskData, read_table
-from data.text import (IGNORED, SPECIAL_TOKENS, PretrainingData, fit_pair, load_tokenizer, save_tokenizer,
-                       split_sentences, train_tokenizer)
+from data.text import (
+    IGNORED,
+    SPECIAL_TOKENS,
+    PretrainingData,
+    fit_pair,
+    load_tokenizer,
+    save_tokenizer,
+    split_sentences,
+    train_tokenizer,
+)
 
 WORDS = "apple bread chair dream eagle forest garden honey island jungle kitten lemon monkey needle orange".split()
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)

@@ -52,7 +52,7 @@ def inputs_of(batch):
 
 
 def loss_of(student, teacher, batch, **options):
-    return distill.loss(student, teacher, batch, distill.counts([batch]), **options)
+    return distill.loss(student, teacher, batch, distill.denominators([batch]), **options)
 
 
 def gradients(model):
@@ -509,7 +509,7 @@ def test_closed_forms_equal_float64_autograd(spread, temperature):
 def test_no_labels_and_no_positions(with_teacher):
     """A micro-batch may happen to have no masked token; the others of the step have."""
     student, teacher, batch = make(seed=0), make(seed=1) if with_teacher else None, make_batch()
-    count = distill.counts([batch])
+    count = distill.denominators([batch])
     batch["labels"] = torch.full_like(batch["labels"], -100)
     for kd_positions in ("all", "masked"):
         total, parts = distill.loss(student, teacher, batch, count, kd_positions=kd_positions)
@@ -603,7 +603,7 @@ def test_one_batch_of_sixteen_equals_four_of_four(kind, with_teacher, kd_positio
     assert len({int(piece["attention_mask"].sum()) for piece in pieces}) > 1
     results = []
     for batches in ([batch], pieces):
-        student, count, total, sums = make(kind, 0), distill.counts(batches), 0.0, {}
+        student, count, total, sums = make(kind, 0), distill.denominators(batches), 0.0, {}
         for piece in batches:
             value, parts = distill.loss(student, teacher, piece, count, kd_positions=kd_positions)
             value.backward()
@@ -617,10 +617,10 @@ def test_one_batch_of_sixteen_equals_four_of_four(kind, with_teacher, kd_positio
 
 def test_counts():
     batches = [make_batch(seed=1), make_batch(rows=3, seed=2)]
-    assert distill.counts(batches) == {
+    assert distill.denominators(batches) == {
         "rows": 9, "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
         "masked": sum(int(np.sum(batch["labels"].numpy() >= 0)) for batch in batches)}
-    assert distill.counts([make_batch("span")])["rows"] == 6
+    assert distill.denominators([make_batch("span")])["rows"] == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,11 +12,13 @@ import torch
 import infer_cpu
 import model as network
 import quant
-from data import tiny
+from bench import agreement, benchmark
+from data import encode, tiny
 from data.corpus import read_documents
 from data.metrics import squad_scores
 from data.tasks import TASKS, TaskData, read_questions
 from data.text import load_tokenizer, save_tokenizer, train_tokenizer
+from formats import config, int8, model_directory
 from model import InputError, ModelConfig
 
 ROOT = Path(infer_cpu.__file__).parent
@@ -183,8 +185,8 @@ def write_model(directory, world, task, block=(1, 4), bits=None, quantized=True,
     record = {"task": task, "max_len": data.max_length}
     if quantized:
         record.update(activation_bits=bits, weight_scales="row")
-        quant.write_int8(model, directory)
-    network.save(model, directory, list(data.labels) or None, record)
+        int8.write_int8(model, directory)
+    model_directory.save(model, directory, list(data.labels) or None, record)
     save_tokenizer(tokenizer, directory)
     return directory
 
@@ -210,8 +212,8 @@ def silent(_):
 def test_engines_agree_with_the_fake_quantized_model_on_the_dev_set(directories, world, name):
     directory, folder = directories[name], world[0]
     task = json.loads((directory / "config.json").read_text())["compression"]["task"]
-    data = infer_cpu.encoder_for(directory, TASKS[task].kind, None, task, folder)
-    reference = infer_cpu.fake_quant_model(directory)
+    data = encode.encoder_for(directory, TASKS[task].kind, None, task, folder)
+    reference = agreement.fake_quant_model(directory)
     for engine_name in ("int8", "sparse", "native"):
         engine = infer_cpu.load(directory, engine_name, say=silent)
         metrics, predictions, figures = infer_cpu.agreement(data, engine, reference, 200)
@@ -225,7 +227,7 @@ def test_engines_agree_with_the_fake_quantized_model_on_the_dev_set(directories,
 
 
 def test_both_layouts_of_a_block_model_agree(directories, monkeypatch):
-    batch = infer_cpu.random_batch(network.read_config(directories["blocks"])[0], 3, 40)
+    batch = encode.random_batch(config.read_config(directories["blocks"])[0], 3, 40)
     expected = infer_cpu.load(directories["blocks"], "int8", say=silent)(batch)
     for name, kernel in infer_cpu.SPARSE_KERNELS.items():
         usable(kernel, packed_layer(8, 16))
@@ -237,8 +239,8 @@ def test_both_layouts_of_a_block_model_agree(directories, monkeypatch):
 
 def test_fp32_engine_is_the_plain_model_and_int8_is_not(directories):
     directory = directories["blocks"]
-    batch = infer_cpu.random_batch(network.read_config(directory)[0], 3, 40)
-    model = network.load(directory, "classification").eval()
+    batch = encode.random_batch(config.read_config(directory)[0], 3, 40)
+    model = model_directory.load(directory, "classification").eval()
     with torch.no_grad():
         plain = model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
     engine = infer_cpu.load(directory, "fp32")
@@ -255,7 +257,7 @@ def test_fp32_engine_is_the_plain_model_and_int8_is_not(directories):
 def test_packed_file_alone_is_enough(directories, tmp_path):
     for name in ("config.json", "int8.safetensors", "tokenizer.json"):
         (tmp_path / name).write_bytes((directories["blocks"] / name).read_bytes())
-    batch = infer_cpu.random_batch(network.read_config(tmp_path)[0], 2, 20)
+    batch = encode.random_batch(config.read_config(tmp_path)[0], 2, 20)
     said = []
     engine = infer_cpu.load(tmp_path, say=said.append)
     assert engine.name in ("int8", "sparse", "native") and f"engine {engine.name}" in said[-1]
@@ -380,10 +382,10 @@ def test_benchmark_puts_every_engine_side_by_side(directories, tmp_path, capsys)
 
 
 def test_gains_that_are_none_are_called_so():
-    assert infer_cpu.verdicts({"fp32": 1.0, "int8": 0.5, "sparse": 0.3}) == []
-    lines = infer_cpu.verdicts({"fp32": 1.0, "int8": 0.5, "sparse": 1.5})
+    assert benchmark.verdicts({"fp32": 1.0, "int8": 0.5, "sparse": 0.3}) == []
+    lines = benchmark.verdicts({"fp32": 1.0, "int8": 0.5, "sparse": 1.5})
     assert len(lines) == 2 and "sparse takes 1.50" in lines[0] and "3.00" in lines[1]
-    assert infer_cpu.verdicts({"int8": 0.5}) == []
+    assert benchmark.verdicts({"int8": 0.5}) == []
 
 
 def bad_commands(directories, world, tmp_path):

@@ -14,10 +14,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 
-import model as network
-from model import (DTYPES, PRESETS, Encoder, InputError, Layer, Linear, ModelConfig, build, count_parameters, linears,
-                   load, pack_bits, read_config, read_safetensors, save, set_dropout, unpack_bits, write_file,
-                   write_safetensors)
+from formats import names
+from formats.config import read_config
+from formats.files import write_file
+from formats.model_directory import load, save
+from formats.safetensors import DTYPES, read_safetensors, write_safetensors
+from model import (
+    PRESETS,
+    Encoder,
+    InputError,
+    Layer,
+    Linear,
+    ModelConfig,
+    build,
+    count_parameters,
+    linears,
+    set_dropout,
+)
+from quant import pack_bits, unpack_bits
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -516,7 +530,7 @@ def test_masks_and_ranges_survive_and_zeros_are_burned_in(model_type, tmp_path):
         assert torch.equal(after.weight[before.mask], latent[name][before.mask])
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
     for name, linear in linears(model):
-        zeros = int((stored[network.published_name(model_type, name + ".weight")] == 0).sum())
+        zeros = int((stored[names.published_name(model_type, name + ".weight")] == 0).sum())
         assert zeros >= int((~linear.mask).sum()) > 0
 
 

@@ -9,16 +9,20 @@ from ctypes import addressof
 from dataclasses import replace
 from pathlib import Path
 
+import mutate_packed
 import pytest
 import torch
 import torch.nn.functional as F
 
 import infer_cpu
 import model as network
-import mutate_packed
 import quant
-from infer_cpu import FORMS, SCATTERED, STRIPES, WORDS, NativeError
+from bench import agreement
+from formats import int8
+from formats.model_directory import load, save
 from model import InputError, ModelConfig
+from native import build, weights
+from native.weights import SCATTERED, STRIPES, WORDS, NativeError
 
 ROOT = Path(infer_cpu.__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -27,7 +31,7 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang+
 
 @pytest.fixture(scope="module")
 def library():
-    return infer_cpu.native_library(8, print)
+    return build.native_library(8, print)
 
 
 def random_layer(out, columns, sparsity=0.8, block=(1, 1), bits=8, zero_point=37, seed=0):
@@ -48,7 +52,7 @@ def exact(library, layer, tokens, form, seed=1):
     x = (levels - layer.input_zero_point).float()
     x[levels == highest] = 1e30
     brute = (levels - layer.input_zero_point) @ layer.values.long().T
-    y = infer_cpu.native_linear(library, layer, form)[0](x)
+    y = weights.native_linear(library, layer, form)[0](x)
     return y.shape == brute.shape and torch.equal(y, brute.float())         # float32 of an integer: rounded alike
 
 
@@ -66,9 +70,9 @@ def test_sums_are_exact_for_every_shape(library, form, out, columns, tokens):
 def test_every_pattern_is_exact_in_the_form_that_is_chosen(library, block):
     layer = random_layer(96, 104, 0.8, block)
     assert exact(library, layer, 70, None)
-    form = infer_cpu.native_weights(library, [layer]).form
+    form = weights.native_weights(library, [layer]).form
     assert form == {(1, 4): WORDS, (1, 2): form}.get(block, STRIPES)
-    assert infer_cpu.native_weights(library, [random_layer(96, 800, 0.9)]).form == SCATTERED
+    assert weights.native_weights(library, [random_layer(96, 800, 0.9)]).form == SCATTERED
 
 
 @pytest.mark.parametrize("form", (WORDS, STRIPES, SCATTERED))
@@ -88,13 +92,13 @@ def test_scale_bias_and_rounding_are_the_oracles(library):
                     input_scale=torch.tensor(0.013))
     x = 2 * torch.randn(3, 11, 36, generator=torch.Generator().manual_seed(2))
     for form in range(3):
-        product, size = infer_cpu.native_linear(library, layer, form)
+        product, size = weights.native_linear(library, layer, form)
         assert torch.allclose(product(x), quant.integer_forward(x, layer), rtol=1e-6, atol=1e-5)
         assert torch.equal(product(x[:, 0]), product(x)[:, 0])
         assert size > 24 * 12
     ties = (torch.arange(-8, 28) + 0.5).float() * 1.0                        # half to even, as torch rounds
     whole = replace(random_layer(4, 36, 0.0, zero_point=10))
-    assert torch.equal(infer_cpu.native_linear(library, whole)[0](ties[None]), quant.integer_forward(ties[None], whole))
+    assert torch.equal(weights.native_linear(library, whole)[0](ties[None]), quant.integer_forward(ties[None], whole))
 
 
 @pytest.mark.parametrize("form", (WORDS, STRIPES, SCATTERED))
@@ -105,18 +109,18 @@ def test_gelu_and_the_next_layers_levels(library, form):
     second = replace(random_layer(8, 64), input_scale=torch.tensor(0.01), input_zero_point=torch.tensor(20).int())
     x = torch.randint(-37, 218, (tokens, 32), generator=torch.Generator().manual_seed(3)).float()
     expected = quant.quantize_activation(F.gelu(quant.integer_forward(x, first)), second.input_scale, 20, 8).long()
-    weights, following = (infer_cpu.native_weights(library, [layer], form) for layer in (first, second))
-    tiles = infer_cpu.to_tiles(x, tile)
+    weights, following = (weights.native_weights(library, [layer], form) for layer in (first, second))
+    tiles = weights.to_tiles(x, tile)
     q, levels = (torch.empty(len(tiles) * tile * size, dtype=torch.uint8) for size in (32, 64))
     library.quantize(tokens, tiles.data_ptr(), q.data_ptr(), addressof(weights))
     library.linear(addressof(weights), tokens, q.data_ptr(), None, levels.data_ptr(), addressof(following))
     # What the levels are is read by a layer of ones and zeros that hands each of them through.
     identity = replace(second, shape=(64, 64), values=torch.eye(64, dtype=torch.int8), weight_scale=torch.ones(64),
                        bias=torch.zeros(64), input_scale=torch.tensor(1.0))
-    reader = infer_cpu.native_weights(library, [identity], form)
+    reader = weights.native_weights(library, [identity], form)
     y = torch.empty(len(tiles), 64, tile)
     library.linear(addressof(reader), tokens, levels.data_ptr(), y.data_ptr(), None, None)
-    found = infer_cpu.from_tiles(y, tokens).long() + 20
+    found = weights.from_tiles(y, tokens).long() + 20
     assert expected.unique().numel() > 100
     assert (found - expected).abs().max() <= 1 and (found != expected).float().mean() < 1e-3
 
@@ -134,12 +138,12 @@ SETS = {"AVX2, 7 bits": (["-mavx2", "-mfma", "-DACTIVATION_BITS=7"], "avx2", 7),
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set_compiles_and_those_of_this_cpu_are_exact(name, tmp_path):
     options, flag, bits = SETS[name]
-    infer_cpu.compile_native(tmp_path / "kernel.so", [*options, "-O0"])
-    if flag not in " ".join(infer_cpu.processor()).split() and flag:
+    build.compile_native(tmp_path / "kernel.so", [*options, "-O0"])
+    if flag not in " ".join(build.processor()).split() and flag:
         pytest.skip(f"compiled; this CPU has no {flag}")
-    library = infer_cpu.open_native(tmp_path / "kernel.so")
+    library = build.open_native(tmp_path / "kernel.so")
     assert library.instructions().decode() == name.partition(",")[0]
-    infer_cpu.check_floats(library)
+    build.check_floats(library)
     for library.portable in (0, 1):
         for form in range(3):
             assert exact(library, random_layer(39, 803, 0.5, bits=bits), 70, form), (library.portable, form)
@@ -149,28 +153,28 @@ def test_every_instruction_set_compiles_and_those_of_this_cpu_are_exact(name, tm
 @pytest.mark.parametrize("extension", ["dotprod", "dotprod+i8mm", "nodotprod"])
 def test_it_compiles_for_arm(extension, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
-    infer_cpu.compile_native(tmp_path / "kernel.so", [f"-march=armv8.2-a+{extension}", "-DACTIVATION_BITS=8", "-O0"])
+    build.compile_native(tmp_path / "kernel.so", [f"-march=armv8.2-a+{extension}", "-DACTIVATION_BITS=8", "-O0"])
 
 
 # ---------------------------------------------------------------- compiler, cache, self check
 
 def test_it_is_compiled_once_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    infer_cpu.native_library(8, pytest.fail)
+    build.native_library(8, pytest.fail)
     file, = (tmp_path / "prune-once-for-all").iterdir()
-    monkeypatch.setattr(infer_cpu, "compile_native", lambda *_: pytest.fail("compiled again"))
-    infer_cpu.native_library(8, pytest.fail)
+    monkeypatch.setattr(build, "compile_native", lambda *_: pytest.fail("compiled again"))
+    build.native_library(8, pytest.fail)
     assert list(file.parent.iterdir()) == [file]
-    monkeypatch.setattr(infer_cpu, "processor", lambda: ["another CPU"])
+    monkeypatch.setattr(build, "processor", lambda: ["another CPU"])
     with pytest.raises(pytest.fail.Exception, match="compiled again"):
-        infer_cpu.native_library(8, pytest.fail)
+        build.native_library(8, pytest.fail)
 
 
 def test_without_a_cache_it_says_so_and_works(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     said = []
-    library = infer_cpu.native_library(8, said.append)
+    library = build.native_library(8, said.append)
     assert len(said) == 1 and "cache" in said[0] and exact(library, random_layer(8, 8), 3, None)
 
 
@@ -189,13 +193,14 @@ def test_without_a_compiler_torch_takes_over(model_directory, tmp_path, monkeypa
 
 
 def broken_source(monkeypatch, tmp_path, *replacements):
-    """infer_cpu.cpp with something wrong in it, where it will be looked for."""
-    source = (ROOT / "infer_cpu.cpp").read_text()
+    """The sources with something wrong in them, where they will be looked for."""
+    sources = {name: (ROOT / "native" / name).read_text() for name in build.SOURCES}
     for right, wrong in replacements:
-        assert right in source
-        source = source.replace(right, wrong)
-    (tmp_path / "infer_cpu.cpp").write_text('#pragma GCC optimize("O0")\n' + source)       # compiles sooner
-    monkeypatch.setattr(infer_cpu, "HOME", tmp_path)
+        assert sum(right in source for source in sources.values()) == 1
+        sources = {name: source.replace(right, wrong) for name, source in sources.items()}
+    for name, source in sources.items():
+        (tmp_path / name).write_text('#pragma GCC optimize("O0")\n' + source)                  # compiles sooner
+    monkeypatch.setattr(build, "HOME", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -204,7 +209,7 @@ def test_wrong_instructions_are_found_out_and_plain_cpp_takes_their_place(tmp_pa
                   ("// Linear layers.", "template <class M> static ints dot_of(ints s, ints x, ints w) { return "
                    "M::dot(s, x, w) + (std::is_same<M, Portable>::value ? 0 : 1); }\n// Linear layers."))
     said = []
-    library = infer_cpu.native_library(8, said.append)
+    library = build.native_library(8, said.append)
     assert said and "wrong sums" in said[0] and "stripes" in said[0] and "words" not in said[0]
     assert library.portable == 1 and exact(library, random_layer(40, 60), 20, STRIPES)
 
@@ -217,13 +222,13 @@ def test_wrong_instructions_are_found_out_and_plain_cpp_takes_their_place(tmp_pa
 def test_what_is_wrong_in_plain_cpp_too_is_not_used(tmp_path, monkeypatch, right, wrong, word):
     broken_source(monkeypatch, tmp_path, (right, wrong))
     with pytest.raises(NativeError, match="wrong"):
-        infer_cpu.native_library(8, lambda line: None)
+        build.native_library(8, lambda line: None)
 
 
 def test_threads_beside_those_of_torch_are_refused(tmp_path, monkeypatch):
     broken_source(monkeypatch, tmp_path, ("// Linear layers.", 'extern "C" int omp_get_max_threads() { return 2; }\n//'))
     with pytest.raises(NativeError, match="beside torch's own"):
-        infer_cpu.native_library(8, pytest.fail)
+        build.native_library(8, pytest.fail)
 
 
 # ---------------------------------------------------------------- whole models
@@ -247,8 +252,8 @@ def write_model(directory, kind="classification", model_type="bert", block=(1, 4
     network.set_dropout(model, 0.0)
     model(**batch)                                                      # sets the activation ranges
     directory.mkdir(exist_ok=True)
-    network.save(model, directory, None, {"activation_bits": 8, "weight_scales": "row"})
-    quant.write_int8(model, directory)
+    save(model, directory, None, {"activation_bits": 8, "weight_scales": "row"})
+    int8.write_int8(model, directory)
     return directory
 
 
@@ -276,7 +281,7 @@ def test_it_computes_what_the_fake_quantized_model_computes(tmp_path, kind, mode
     engine = infer_cpu.load(directory, "native", say=pytest.fail)
     batch = random_batch(engine.model.config)
     real = batch["attention_mask"].bool()
-    found, expected = engine(batch), infer_cpu.fake_quant_model(directory)(batch)
+    found, expected = engine(batch), agreement.fake_quant_model(directory)(batch)
     if kind == "span":
         assert found[0].shape == real.shape
         found, expected = (torch.stack(pair)[:, real] for pair in (found, expected))
@@ -287,9 +292,9 @@ def test_it_computes_what_the_fake_quantized_model_computes(tmp_path, kind, mode
 
 def test_embeddings_in_float32_and_other_layouts_of_a_batch(tmp_path, model_directory):
     directory = write_model(tmp_path)
-    model = network.load(directory, "classification")
+    model = load(directory, "classification")
     quant.prepare(model, 8)
-    quant.write_int8(model, directory, embedding_rows="float32")
+    int8.write_int8(model, directory, embedding_rows="float32")
     batch = random_batch(model.config)
     first, second = (infer_cpu.load(path, "native", say=pytest.fail) for path in (model_directory, directory))
     assert torch.allclose(first(batch), second(batch), atol=1e-3)
@@ -345,7 +350,7 @@ def test_sizes_it_does_not_take_are_left_to_torch(tmp_path):
 def test_layers_that_round_a_common_input_differently_are_left_to_torch(library):
     layer = random_layer(8, 8)
     with pytest.raises(NativeError, match="query, key and value"):
-        infer_cpu.native_weights(library, [layer, replace(layer, input_scale=torch.tensor(2.0))])
+        weights.native_weights(library, [layer, replace(layer, input_scale=torch.tensor(2.0))])
 
 
 def test_auto_says_what_it_measured(model_directory):
@@ -412,7 +417,7 @@ def test_it_runs_in_torchs_own_threads(model_directory):
     """In a fresh process: one OpenMP library, also after both have worked."""
     program = ("import sys; sys.path.insert(0, sys.argv[1]); import infer_cpu, torch; "
                "engine = infer_cpu.load(sys.argv[2], 'native'); torch.randn(500, 500) @ torch.randn(500, 500); "
-               "infer_cpu.open_native(engine.model.encoder.kernel.library._name)")
+               "build.open_native(engine.model.encoder.kernel.library._name)")
     done = subprocess.run([sys.executable, "-c", program, str(ROOT), str(model_directory)], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr

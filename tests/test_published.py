@@ -8,14 +8,35 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from test_model import (CONFIGS, assert_same, error_of, every_published_class, make, make_batch, make_published,
-                        our_outputs, their_outputs)
+from test_model import (
+    CONFIGS,
+    assert_same,
+    error_of,
+    every_published_class,
+    make,
+    make_batch,
+    make_published,
+    our_outputs,
+    their_outputs,
+)
 
-import model as network
 import prune
 import train
-from model import PRESETS, build, linears, load, published_name, save
-from prune import Pattern, find_pattern, lock, magnitude_mask, measured_sparsity, prunable
+from bench import recipe_costs
+from data import recipes
+from formats import safetensors
+from formats.hub import fetch, locate
+from formats.model_directory import load, save
+from formats.names import published_name
+from model import PRESETS, build, linears
+from prune import (
+    Pattern,
+    find_pattern,
+    lock,
+    magnitude_mask,
+    measured_sparsity,
+    prunable,
+)
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -87,7 +108,7 @@ def shard(tensors, folder, ending, parts=3):
         if ending == "bin":
             torch.save(piece, folder / file)
         else:
-            network.write_safetensors(folder / file, piece)
+            safetensors.write_safetensors(folder / file, piece)
         files.update(dict.fromkeys(piece, file))
     index = folder / f"{stem}.{ending}.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
@@ -138,9 +159,9 @@ def test_half_precision_files(name, model_type, kind, dtype, tmp_path):
 
 def test_numbers_that_are_no_weights_are_refused(tmp_path):
     save(make(), tmp_path)
-    tensors, _ = network.read_safetensors(tmp_path / "model.safetensors")
+    tensors, _ = safetensors.read_safetensors(tmp_path / "model.safetensors")
     name = "bert.encoder.layer.0.output.dense.weight"
-    network.write_safetensors(tmp_path / "model.safetensors", {**tensors, name: tensors[name].to(torch.int8)})
+    safetensors.write_safetensors(tmp_path / "model.safetensors", {**tensors, name: tensors[name].to(torch.int8)})
     message = error_of(load, tmp_path, "pretraining")
     assert name in message and "int8" in message
 
@@ -369,8 +390,8 @@ def test_finetune_locks_and_records_what_it_found(sparse_folder, tmp_path, capsy
     directory = out / "sst2" / "sparse-4x1-0.75"
     compression = json.loads((directory / "config.json").read_text())["compression"]
     assert compression["pattern"] == "4x1" and compression["sparsity"] == pytest.approx(0.75, abs=0.005)
-    before, _ = network.read_safetensors(folder / "model.safetensors")
-    after, _ = network.read_safetensors(directory / "model.safetensors")
+    before, _ = safetensors.read_safetensors(folder / "model.safetensors")
+    after, _ = safetensors.read_safetensors(directory / "model.safetensors")
     pruned = [name for name in before if ".layer." in name and before[name].ndim == 2]
     for name in pruned:
         assert torch.equal(before[name] == 0, after[name] == 0)
@@ -418,15 +439,15 @@ def hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path / "source", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
     monkeypatch.chdir(tmp_path)
-    network.fetch.cache_clear()
+    fetch.cache_clear()
     yield hub
-    network.fetch.cache_clear()
+    fetch.cache_clear()
 
 
 def publish(model, hub, how):
     """Fill the hub's model: weights as `how` says, a vocabulary, and files that nobody needs."""
     save(model, hub.source)
-    tensors, _ = network.read_safetensors(hub.source / "model.safetensors")
+    tensors, _ = safetensors.read_safetensors(hub.source / "model.safetensors")
     (hub.source / "compression.safetensors").unlink()
     if how != "safetensors":
         (hub.source / "model.safetensors").unlink()
@@ -445,17 +466,17 @@ def publish(model, hub, how):
 def test_a_model_is_fetched_by_name_and_only_what_is_needed(how, hub):
     model = make()
     publish(model, hub, how)
-    folder = network.locate(NAME)
+    folder = locate(NAME)
     assert torch.equal(load(folder, "pretraining", say=pytest.fail).bias, model.bias)
     here = {path.name for path in hub.snapshot.iterdir()}
     weights = {path.name for path in hub.source.glob("*model*") if path.read_bytes() != b"not needed"}
     assert folder == hub.snapshot and here == {"config.json", "vocab.txt"} | weights
     asked = len(hub.asked)
-    assert network.locate(NAME) == folder and len(hub.asked) == asked          # one conversation a run
+    assert locate(NAME) == folder and len(hub.asked) == asked          # one conversation a run
     (hub.source.parent / NAME).mkdir(parents=True)
-    assert network.locate(NAME) == Path(NAME)                                  # a folder of that name comes first
+    assert locate(NAME) == Path(NAME)                                  # a folder of that name comes first
     for name in ("out", "/no/such/model", "./here", "../there", "a/b/c", "a b/c"):
-        assert network.locate(name) == Path(name)
+        assert locate(name) == Path(name)
 
 
 def test_every_stage_takes_a_name_for_init_and_teacher(hub, monkeypatch):
@@ -498,21 +519,21 @@ def test_offline_and_unknown_models_end_in_one_sentence(hub, capsys, monkeypatch
 def test_the_hubs_own_cache_serves_offline(tmp_path, monkeypatch, capsys):
     """The real library, offline as conftest.py makes it: what lies in its cache is found, what does not is named."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    network.fetch.cache_clear()
+    fetch.cache_clear()
     assert str(Path(NAME).absolute()) in one_sentence(capsys, "--stage", "prune", "--init", NAME)
     cache = tmp_path / ("models--" + NAME.replace("/", "--"))
     save(make(), cache / "snapshots" / COMMIT)
     (cache / "snapshots" / COMMIT / "vocab.txt").write_text("\n".join(SPECIAL_TOKENS) + "\n")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
-    assert network.locate(NAME) == cache / "snapshots" / COMMIT
-    network.fetch.cache_clear()
+    assert locate(NAME) == cache / "snapshots" / COMMIT
+    fetch.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes
 
-RECIPES = [name for name in train.RECIPES if "published" in train.RECIPES[name]]
+RECIPES = [name for name in recipes.RECIPES if "published" in recipes.RECIPES[name]]
 
 
 def resolved(recipe, stage, task="", **typed):
@@ -521,14 +542,14 @@ def resolved(recipe, stage, task="", **typed):
 
 def test_there_is_a_recipe_for_every_published_model():
     assert [name for name in train.CHOICES["recipe"] if name != "help"] == RECIPES
-    published = [name for recipe in RECIPES for name in train.RECIPES[recipe]["published"]]
+    published = [name for recipe in RECIPES for name in recipes.RECIPES[recipe]["published"]]
     assert len(published) == len(set(published)) == 9                  # eight, and the paper's BERT-Large 90 %
     for recipe in RECIPES:
         size, _, rest = recipe.rpartition("-")[0].rpartition("-")
         settings = resolved(recipe, "prune")
         assert settings.preset == size and settings.pattern == recipe.split("-")[-1]
         assert settings.sparsity == int(rest) / 100
-        for name in train.RECIPES[recipe]["published"]:
+        for name in recipes.RECIPES[recipe]["published"]:
             assert f"sparse-{rest}-{settings.pattern}" in name and name.startswith(size + "-uncased")
 
 
@@ -577,13 +598,13 @@ def test_operations_by_hand():
     weights, vocabulary = 12 * (4 * 768 * 768 + 2 * 768 * 3072), 768 * (768 + 30522)
     token = 2 * weights + 12 * 2 * 2 * 512 * 768
     tokens = 100_000 * 256 * 512
-    assert train.operations(resolved("bert-base-90-unstructured", "prune")) == pytest.approx(
+    assert recipe_costs.operations(resolved("bert-base-90-unstructured", "prune")) == pytest.approx(
         4 * tokens * (token + 2 * vocabulary))
-    assert train.operations(resolved("bert-base-90-unstructured", "pretrain")) == pytest.approx(
+    assert recipe_costs.operations(resolved("bert-base-90-unstructured", "pretrain")) == pytest.approx(
         3 * tokens * (token + 2 * vocabulary * 0.15))
     short = 2 * weights + 12 * 2 * 2 * 128 * 768
     for typed, passes, epochs in (({}, 4, 9), ({"sparsity": 0.0}, 3, 3)):
-        assert train.operations(resolved("bert-base-90-unstructured", "finetune", "sst2", **typed)) == pytest.approx(
+        assert recipe_costs.operations(resolved("bert-base-90-unstructured", "finetune", "sst2", **typed)) == pytest.approx(
             passes * epochs * 67_349 * 128 * short)
 
 
@@ -592,7 +613,7 @@ def test_recipe_help_is_a_table(capsys):
     printed = capsys.readouterr().out
     for recipe in RECIPES:
         assert f"\n{recipe}:" in "\n" + printed
-        assert all("Intel/" + name in printed for name in train.RECIPES[recipe]["published"])
+        assert all("Intel/" + name in printed for name in recipes.RECIPES[recipe]["published"])
     assert printed.count("quantize SQuAD") == printed.count("all of it") == len(RECIPES)
     assert "A100" in printed and "assumption" in printed and "1.2e+19" in printed
     assert max(map(len, printed.splitlines())) <= 120

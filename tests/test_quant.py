@@ -8,6 +8,7 @@ import torch
 
 import model as network
 import quant
+from formats import int8, model_directory, safetensors
 from model import InputError, ModelConfig
 
 # A layer of the paper's reference code (IntelLabs/Model-Compression-Research-Package, 0dbbb2d) over four batches.
@@ -273,7 +274,7 @@ def test_pack_refuses_what_it_cannot_write():
 
 def integer_logits(directory):
     """Logits of a packed model with the integer oracle in every kernel slot."""
-    model, packed, metadata = quant.read_int8(directory)
+    model, packed, metadata = int8.read_int8(directory)
     for name, layer in network.linears(model):
         layer.kernel = functools.partial(quant.integer_forward, packed=packed[name])
     with torch.inference_mode():
@@ -284,8 +285,8 @@ def integer_logits(directory):
 @pytest.mark.parametrize("kind", ["classification", "span"])
 def test_packed_model_gives_the_logits_of_the_fake_quantized_one(tmp_path, kind, model_type):
     model = small_model(kind, model_type, patterns=((1, 4), (4, 1), (1, 1)))
-    network.save(model, tmp_path, labels=["a", "b", "c"] if kind == "classification" else None)
-    quant.write_int8(model, tmp_path, {"task": "sst2"})
+    model_directory.save(model, tmp_path, labels=["a", "b", "c"] if kind == "classification" else None)
+    int8.write_int8(model, tmp_path, {"task": "sst2"})
     (tmp_path / "model.safetensors").unlink()               # the packed file is enough
     logits, packed, metadata = integer_logits(tmp_path)
     quant.round_embeddings(model)
@@ -302,9 +303,9 @@ def test_packed_model_gives_the_logits_of_the_fake_quantized_one(tmp_path, kind,
 
 def test_reading_builds_no_dense_float_weights(tmp_path):
     model = small_model()
-    network.save(model, tmp_path, labels=["a", "b", "c"])
-    quant.write_int8(model, tmp_path)
-    read, packed, _ = quant.read_int8(tmp_path)
+    model_directory.save(model, tmp_path, labels=["a", "b", "c"])
+    int8.write_int8(model, tmp_path)
+    read, packed, _ = int8.read_int8(tmp_path)
     assert all(layer.weight.is_meta and layer.bias.is_meta for _, layer in network.linears(read))
     assert read.encoder.word.values.dtype == torch.int8 and not read.encoder.layers[1].output_norm.weight.is_meta
     for name, layer in network.linears(model):
@@ -317,7 +318,7 @@ def test_writing_needs_a_prepared_and_trained_model(tmp_path):
     model = small_model()
     dict(network.linears(model))["encoder.layers.0.query"].fake_quant = None
     with pytest.raises(InputError, match="bert.encoder.layer.0.attention.self.query"):
-        quant.write_int8(model, tmp_path)
+        int8.write_int8(model, tmp_path)
     assert not (tmp_path / "int8.safetensors").exists()
 
 
@@ -343,7 +344,7 @@ DAMAGE = {
     "two masks": lambda t: t.update({STEM + "mask_gaps": torch.tensor([2, 255], dtype=torch.uint8)}),
     "gaps length": lambda t: longer(t, GAPS),
     "gaps width": lambda t: t[GAPS].__setitem__(0, 9),
-    "gaps population": lambda t: t.update({GAPS: quant.write_gaps(torch.ones(128, dtype=torch.bool))}),
+    "gaps population": lambda t: t.update({GAPS: int8.write_gaps(torch.ones(128, dtype=torch.bool))}),
     "gaps dtype": lambda t: t.update({GAPS: t[GAPS].to(torch.int32)}),
     "gaps rank": lambda t: t.update({GAPS: t[GAPS][None]}),
     "embedding scale": lambda t: t["bert.embeddings.word_embeddings.weight_scale"].neg_(),
@@ -364,19 +365,19 @@ def written(tmp_path_factory):
     directory = tmp_path_factory.mktemp("written")
     model = small_model()
     model.encoder.layers[0].query.mask.copy_(block_mask(16, 16, 1, 4, 0.5))
-    network.save(model, directory, labels=["a", "b", "c"])
-    quant.write_int8(model, directory)
+    model_directory.save(model, directory, labels=["a", "b", "c"])
+    int8.write_int8(model, directory)
     return directory
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_tensors_are_refused_by_name(written, tmp_path, damage):
-    tensors, metadata = network.read_safetensors(written / "int8.safetensors")
+    tensors, metadata = safetensors.read_safetensors(written / "int8.safetensors")
     DAMAGE[damage](tensors)
-    network.write_safetensors(tmp_path / "int8.safetensors", tensors, metadata)
+    safetensors.write_safetensors(tmp_path / "int8.safetensors", tensors, metadata)
     (tmp_path / "config.json").write_bytes((written / "config.json").read_bytes())
     with pytest.raises(InputError, match="int8.safetensors") as error:
-        quant.read_int8(tmp_path)
+        int8.read_int8(tmp_path)
     assert any(name in str(error.value) for name in (STEM[:-1], GAPS[:-10], "extra", "bert.embeddings", "classifier"))
     assert "marks" in str(error.value) or damage not in ("mask population", "value count", "gaps population")
 
@@ -387,17 +388,17 @@ def test_truncated_and_foreign_files_are_refused(written, tmp_path):
     for length in (0, 5, 100, len(content) // 2, len(content) - 1):
         (tmp_path / "int8.safetensors").write_bytes(content[:length])
         with pytest.raises(InputError, match="int8.safetensors"):
-            quant.read_int8(tmp_path)
-    tensors, metadata = network.read_safetensors(written / "int8.safetensors")
+            int8.read_int8(tmp_path)
+    tensors, metadata = safetensors.read_safetensors(written / "int8.safetensors")
     for key, value in (("format_version", "1"), ("format_version", "3"), ("activation_bits", "9"),
                        ("activation_bits", "")):
-        network.write_safetensors(tmp_path / "int8.safetensors", tensors, {**metadata, key: value})
+        safetensors.write_safetensors(tmp_path / "int8.safetensors", tensors, {**metadata, key: value})
         with pytest.raises(InputError, match=key):
-            quant.read_int8(tmp_path)
+            int8.read_int8(tmp_path)
     (tmp_path / "int8.safetensors").unlink()
     with pytest.raises(InputError, match="missing"):
-        quant.read_int8(tmp_path)
+        int8.read_int8(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2"]}))
     with pytest.raises(InputError, match="GPT2"):
-        quant.read_int8(tmp_path)
+        int8.read_int8(tmp_path)

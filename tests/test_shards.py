@@ -20,7 +20,15 @@ import torch
 import train
 from data import DataError, corpus, shards
 from data.corpus import Documents, clean_wikitext, read_documents
-from data.text import CUTS, SPECIAL_TOKENS, PretrainingData, Shard, bert_tokenizer, save_tokenizer, tokenize
+from data.text import (
+    CUTS,
+    SPECIAL_TOKENS,
+    PretrainingData,
+    Shard,
+    bert_tokenizer,
+    save_tokenizer,
+    tokenize,
+)
 
 ROOT = Path(train.__file__).resolve().parent
 WORDS = "apple bread chair dream eagle forest garden honey island jungle".split()

@@ -17,6 +17,7 @@ import infer_cpu
 import model as network
 import prune
 import quant
+from formats import files, int8, model_directory, safetensors
 from model import InputError, ModelConfig
 
 
@@ -46,8 +47,8 @@ def ready(config, kind="classification", masks=None, bits=8, seed=0):
 
 def written(directory, model, **options):
     """The model's directory; float32 file included."""
-    network.save(model, directory)
-    quant.write_int8(model, directory, **options)
+    model_directory.save(model, directory)
+    int8.write_int8(model, directory, **options)
     return directory
 
 
@@ -65,7 +66,7 @@ def batch(vocabulary=37, length=9):
 
 def integer_logits(directory):
     """Logits of a packed model with the integer oracle in every kernel slot."""
-    model, packed, _ = quant.read_int8(directory)
+    model, packed, _ = int8.read_int8(directory)
     for name, layer in network.linears(model):
         layer.kernel = functools.partial(quant.integer_forward, packed=packed[name])
     with torch.inference_mode():
@@ -95,23 +96,23 @@ def test_gaps_and_back(sparsity):
     generator, widths = np.random.default_rng(int(100 * sparsity)), set()
     for size in [0, *range(1, 40), 255, 256, 257, 3000]:
         keep = torch.from_numpy(generator.random(size) >= sparsity)
-        packed = quant.write_gaps(keep)
+        packed = int8.write_gaps(keep)
         widths.add(int(packed[0]))
-        assert packed.dtype == torch.uint8 and torch.equal(quant.read_gaps(packed, size), keep)
+        assert packed.dtype == torch.uint8 and torch.equal(int8.read_gaps(packed, size), keep)
         assert slow_gaps(packed.tolist()) == [*keep.int().tolist(), 1]
         for wrong in (size - 1, size + 1, 0 if size else 5, 10 ** 15):
-            assert quant.read_gaps(packed, wrong) is None
+            assert int8.read_gaps(packed, wrong) is None
         for broken in (packed[:0], packed[:1], packed[:-1], torch.cat([packed, packed[-1:]]),
                        torch.cat([torch.tensor([1], dtype=torch.uint8), packed[1:]]),
                        torch.cat([torch.tensor([9], dtype=torch.uint8), packed[1:]])):
-            assert quant.read_gaps(broken, size) is None
+            assert int8.read_gaps(broken, size) is None
     assert widths <= set(range(2, 9))
 
 
 @pytest.mark.parametrize("sparsity, most", [(0.8, 0.80), (0.85, 0.67), (0.9, 0.51), (0.95, 0.32), (0.99, 0.09)])
 def test_gaps_are_close_to_the_entropy(sparsity, most):
     keep = torch.from_numpy(np.random.default_rng(0).random(400_000) >= sparsity)
-    bits = 8 * len(quant.write_gaps(keep)) / len(keep)
+    bits = 8 * len(int8.write_gaps(keep)) / len(keep)
     entropy = -sparsity * math.log2(sparsity) - (1 - sparsity) * math.log2(1 - sparsity)
     assert entropy < bits < most and bits < 1.12 * entropy
 
@@ -129,7 +130,7 @@ def test_what_is_read_is_what_was_packed(tmp_path, config, pattern, sparsity):
     layers = dict(network.linears(model))
     layers["encoder.layers.1.query"].mask.zero_()                       # a layer of nothing but zeros
     layers["encoder.layers.1.key"].mask[:6] = False                     # rows of them
-    read, packed, metadata = quant.read_int8(written(tmp_path, model))
+    read, packed, metadata = int8.read_int8(written(tmp_path, model))
     assert packed.keys() == layers.keys() and metadata["format_version"] == "2"
     x = torch.randn(5, config.hidden_size)
     for name, layer in layers.items():
@@ -157,7 +158,7 @@ def test_what_is_read_is_what_was_packed(tmp_path, config, pattern, sparsity):
 def test_every_kind_of_model_comes_back(tmp_path, model_type, kind):
     config = ModelConfig(**{**vars(SMALL), "model_type": model_type, "type_vocab_size": 2 * (model_type == "bert")})
     model = ready(config, kind, magnitude("1x4", 0.8))
-    read, packed, _ = quant.read_int8(written(tmp_path, model))
+    read, packed, _ = int8.read_int8(written(tmp_path, model))
     assert type(read) is type(model) and len(packed) == len(network.linears(model))
     if kind == "pretraining":
         weight, bias = read.vocabulary()
@@ -172,7 +173,7 @@ def test_embeddings_are_rows_of_int8_and_outputs_stay_close(tmp_path):
     directories = [tmp_path / "int8", tmp_path / "float32"]
     for directory in directories:
         written(directory, model, embedding_rows=directory.name)
-    rounded, plain = (quant.read_int8(directory)[0].encoder for directory in directories)
+    rounded, plain = (int8.read_int8(directory)[0].encoder for directory in directories)
     for name in ("word", "position", "token_type"):
         before, after = getattr(model.encoder, name).weight, getattr(rounded, name)
         assert torch.equal(getattr(plain, name).weight, before)
@@ -188,10 +189,10 @@ def test_embeddings_are_rows_of_int8_and_outputs_stay_close(tmp_path):
              for found in parts]
     assert sizes == [542 * (64 + 4), 542 * 64 * 4]
     with pytest.raises(InputError, match="float16"):
-        quant.write_int8(model, tmp_path, embedding_rows="float16")
+        int8.write_int8(model, tmp_path, embedding_rows="float16")
     model.encoder.word.weight.data[3, 3] = float("nan")
     with pytest.raises(InputError, match="word_embeddings.weight.*NaN"):
-        quant.write_int8(model, tmp_path)
+        int8.write_int8(model, tmp_path)
 
 
 # ---------------------------------------------------------------- how many bytes
@@ -214,7 +215,7 @@ def test_encoder_is_within_5_percent_of_mask_bits_and_value_bytes(wide, tmp_path
         if name.startswith("encoder.layers"):
             bound += int(layer.mask.sum())
             bound += layer.mask.numel() // (8 * parsed.rows * parsed.columns) if sparsity else 0
-    quant.write_int8(wide, tmp_path)
+    int8.write_int8(wide, tmp_path)
     header, _, parts = recount(tmp_path / "int8.safetensors")
     # Everything of those layers but their norms, the header's words about them too.
     stored = sum(len(part) + len(json.dumps({name: header[name]})) for name, part in parts.items()
@@ -228,9 +229,9 @@ def test_reading_is_fast_and_takes_little_memory(wide, tmp_path):
     for _, layer in network.linears(wide):
         layer.mask.copy_(prune.magnitude_mask(layer.weight, 0.9))
     written(tmp_path, wide)
-    quant.read_int8(tmp_path)                                           # what torch imports the first time
+    int8.read_int8(tmp_path)                                           # what torch imports the first time
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    model, packed, _ = quant.read_int8(tmp_path)
+    model, packed, _ = int8.read_int8(tmp_path)
     assert time.process_time() - begin < 0.5                            # 0.03 s; a loop over 700,000 weights: 10
     assert all(layer.weight.is_meta for _, layer in network.linears(model))
     held = sum(getattr(layer, name).nbytes for layer in packed.values() for name in ("values", "mask_bits"))
@@ -271,7 +272,7 @@ def mutate_header(header, generator):
     elif choice == 3:
         entry["data_offsets"] = generator.choice([[], [0], [0, 0, 0], [0, 0], "ab", None, {"a": 1, "b": 2}])
     elif choice == 4:
-        entry["dtype"] = generator.choice([*network.DTYPES, "F8", "", None, [], {}])
+        entry["dtype"] = generator.choice([*safetensors.DTYPES, "F8", "", None, [], {}])
     elif choice == 5:
         header[generator.choice(["x", "", *names])] = header.pop(generator.choice(names))
     elif choice == 6:
@@ -310,7 +311,7 @@ def test_no_mutation_crashes_the_reader_or_takes_memory(victim, tmp_path):
     for number in range(400):
         path.write_bytes(mutate(content, generator))
         try:
-            _, packed, _ = quant.read_int8(tmp_path)
+            _, packed, _ = int8.read_int8(tmp_path)
         except InputError as error:
             refused += 1
             assert "int8.safetensors" in str(error) and "\n" not in str(error), number
@@ -330,7 +331,7 @@ def test_an_empty_tensor_of_a_strange_shape(victim, tmp_path, shape):
     (tmp_path / "int8.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + content[length:])
     (tmp_path / "config.json").write_bytes((victim / "config.json").read_bytes())
     with pytest.raises(InputError, match="int8.safetensors.*'more'"):
-        quant.read_int8(tmp_path)
+        int8.read_int8(tmp_path)
 
 
 @pytest.mark.parametrize("key, value, word", [
@@ -346,13 +347,13 @@ def test_a_config_that_claims_something_else(victim, tmp_path, key, value, word)
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     begin = time.process_time()
     with pytest.raises(InputError, match=word):
-        quant.read_int8(tmp_path)
+        int8.read_int8(tmp_path)
     assert time.process_time() - begin < 1
 
 
 def test_an_older_version_is_one_sentence(victim, tmp_path, capsys):
-    tensors, metadata = network.read_safetensors(victim / "int8.safetensors")
-    network.write_safetensors(tmp_path / "int8.safetensors", tensors, {**metadata, "format_version": "1"})
+    tensors, metadata = safetensors.read_safetensors(victim / "int8.safetensors")
+    safetensors.write_safetensors(tmp_path / "int8.safetensors", tensors, {**metadata, "format_version": "1"})
     (tmp_path / "config.json").write_bytes((victim / "config.json").read_bytes())
     with pytest.raises(SystemExit) as stopped:
         infer_cpu.main([str(tmp_path), "--size"])
@@ -456,7 +457,7 @@ def test_random_weights_show_the_papers_40(tmp_path, capsys):
 
 def test_float32_directories_are_counted_and_called_so(tmp_path, capsys):
     model = ready(SMALL, masks=magnitude("unstructured", 0.75))
-    network.save(model, tmp_path)
+    model_directory.save(model, tmp_path)
     report, printed = report_of(tmp_path, capsys)
     _, head, parts = recount(tmp_path / "model.safetensors")
     nonzero = sum(int(np.count_nonzero(np.frombuffer(part, "<f4"))) for name, part in parts.items()
@@ -469,8 +470,8 @@ def test_float32_directories_are_counted_and_called_so(tmp_path, capsys):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
     assert report_of(tmp_path, capsys)[0] == report
-    network.write_file(tmp_path / "config.json", json.dumps(config))
-    quant.write_int8(model, tmp_path)
+    files.write_file(tmp_path / "config.json", json.dumps(config))
+    int8.write_int8(model, tmp_path)
     assert report_of(tmp_path, capsys)[0]["quantized"]
     infer_cpu.main([str(tmp_path), "--size", "--engine", "fp32"])
     assert "not quantized" in capsys.readouterr().out
@@ -478,10 +479,10 @@ def test_float32_directories_are_counted_and_called_so(tmp_path, capsys):
 
 def test_half_precision_and_pickled_files_are_counted_at_their_width(tmp_path, capsys):
     model = ready(SMALL, masks=magnitude("unstructured", 0.75))
-    network.save(model, tmp_path)
-    tensors, _ = network.read_safetensors(tmp_path / "model.safetensors")
+    model_directory.save(model, tmp_path)
+    tensors, _ = safetensors.read_safetensors(tmp_path / "model.safetensors")
     tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    network.write_safetensors(tmp_path / "model.safetensors", tensors)
+    safetensors.write_safetensors(tmp_path / "model.safetensors", tensors)
     half, _ = report_of(tmp_path, capsys)
     assert half["ratios"]["values_only"] == pytest.approx(8, rel=0.01) and half["ratios"]["with_masks"] == 2
     (tmp_path / "model.safetensors").unlink()
@@ -495,13 +496,13 @@ def test_half_precision_and_pickled_files_are_counted_at_their_width(tmp_path, c
 
 
 def test_a_model_in_several_files_is_counted_whole(tmp_path, capsys):
-    network.save(ready(SMALL), tmp_path)
+    model_directory.save(ready(SMALL), tmp_path)
     whole, _ = report_of(tmp_path, capsys)
-    tensors, names = network.read_safetensors(tmp_path / "model.safetensors")[0], {}
+    tensors, names = safetensors.read_safetensors(tmp_path / "model.safetensors")[0], {}
     for number in range(2):
         part = dict(list(tensors.items())[number::2])
         names.update(dict.fromkeys(part, f"part-{number}.safetensors"))
-        network.write_safetensors(tmp_path / f"part-{number}.safetensors", part)
+        safetensors.write_safetensors(tmp_path / f"part-{number}.safetensors", part)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     parts, _ = report_of(tmp_path, capsys)

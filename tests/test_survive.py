@@ -14,23 +14,23 @@ import time
 
 import pytest
 import torch
-
-import model as network
-import train
-from conftest import DIRECTORIES, ROOT, commands, exit_code, fails, start
+from conftest import DIRECTORIES, ROOT, commands, exit_code, fails, save_every, start
 from kill_and_resume import torture
+
+import train
+from formats import processes, run, safetensors
 
 
 def stop_after(steps, arguments, out):
     """Train until the checkpoint of that step, in a child process that is then told to stop, as Ctrl-C does."""
     def interrupt():
-        save = train.save_checkpoint
+        save = run.save_checkpoint
 
         def save_and_stop(s, inputs, directory, model, optimizer, step, seconds):
             save(s, inputs, directory, model, optimizer, step, seconds)
             if step == steps:
                 os.kill(os.getpid(), signal.SIGINT)
-        train.save_checkpoint = save_and_stop
+        run.save_checkpoint = save_and_stop
 
     child = start(arguments, out, interrupt)
     assert exit_code(child) == 130, out.read_text()
@@ -39,19 +39,20 @@ def stop_after(steps, arguments, out):
 def weights(directory):
     """All but the biases of keys: softmax does not see those, so that their gradient is nothing but rounding, which
     AdamW makes as large as any."""
-    tensors, _ = network.read_safetensors(directory / "model.safetensors")
+    tensors, _ = safetensors.read_safetensors(directory / "model.safetensors")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("key.bias")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def test_newest_whole_checkpoint_is_taken(world, chain, tmp_path, capsys):
+def test_newest_whole_checkpoint_is_taken(world, chain, tmp_path, capsys, monkeypatch):
     """Of four checkpoints the newest two are damaged: the run goes on from the third, says so, and ends as ever."""
-    arguments = [*commands(world, tmp_path)["pretrain"], "--save-every", "1", "--keep", "4"]
+    save_every(monkeypatch, 1, kept=4)
+    arguments = commands(world, tmp_path)["pretrain"]
     stop_after(7, arguments, tmp_path / "out.txt")
     directory = tmp_path / "pretrain"
-    paths = train.checkpoints(directory)
+    paths = run.checkpoints(directory)
     assert [path.name for path in paths] == [f"train-00000000{step}.pt" for step in (8, 7, 6, 5)]
     content = bytearray(paths[0].read_bytes())
     content[len(content) // 2] ^= 1                                   # one bit
@@ -63,7 +64,7 @@ def test_newest_whole_checkpoint_is_taken(world, chain, tmp_path, capsys):
     assert f"{paths[0]} is damaged" in printed and f"{paths[1]} is damaged" in printed
     assert f"resuming after step 6 of 12, from {paths[2]}" in printed
     assert (directory / "model.safetensors").read_bytes() == (chain / "pretrain" / "model.safetensors").read_bytes()
-    assert not train.checkpoints(directory) and not list(directory.glob(".*"))
+    assert not run.checkpoints(directory) and not list(directory.glob(".*"))
     with open(directory / "log.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(1, 13)]
 
@@ -74,24 +75,24 @@ def test_log_of_a_resumed_run(tmp_path):
     for before, after in (("", ["step,loss", "7,0.5"]), ("step,loss\n2,1.5\n4,1.25\n6,1\n8", ["step,loss", "2,1.5",
                                                                                                "4,1.25", "7,0.5"])):
         table.write_text(before)
-        train.Log(tmp_path, 5).row({"step": 7, "loss": 0.5})
+        run.Log(tmp_path, 5).row({"step": 7, "loss": 0.5})
         assert table.read_text().splitlines() == after
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A checkpoint with one bit changed is refused, or (where the bit means nothing) read as it was."""
-    settings, model = train.Settings(), torch.nn.Linear(40, 30)
+    settings, model = train.asdict(train.Settings()), torch.nn.Linear(40, 30)
     optimizer = torch.optim.AdamW(model.parameters())
-    train.save_checkpoint(settings, {}, tmp_path, model, optimizer, 3, 1.5)
+    run.save_checkpoint(tmp_path, settings, {}, model, optimizer, 3, 1.5)
     path = tmp_path / "train-000000003.pt"
     whole, generator, refused = path.read_bytes(), random.Random(0), 0
-    expected = train.newest_checkpoint(settings, {}, tmp_path, [])
+    expected = run.newest_checkpoint(tmp_path, settings, {}, [].append)
     for _ in range(300):
         content = bytearray(whole)
         content[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
         path.write_bytes(content)
         try:
-            found = train.newest_checkpoint(settings, {}, tmp_path, [])
+            found = run.newest_checkpoint(tmp_path, settings, {}, [].append)
         except train.InputError:
             refused += 1
         else:
@@ -100,8 +101,9 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     assert refused > 200
 
 
-def test_a_run_is_never_lost_to_a_second_one(world, tmp_path, capsys):
-    arguments = [*commands(world, tmp_path)["pretrain"], "--save-every", "2", "--keep", "1"]
+def test_a_run_is_never_lost_to_a_second_one(world, tmp_path, capsys, monkeypatch):
+    save_every(monkeypatch, 2, kept=1)
+    arguments = commands(world, tmp_path)["pretrain"]
     stop_after(4, arguments, tmp_path / "out.txt")
     directory = tmp_path / "pretrain"
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
@@ -118,14 +120,15 @@ def test_a_run_is_never_lost_to_a_second_one(world, tmp_path, capsys):
     finally:
         (world / "corpus.txt").write_text((world / "corpus.txt").read_text().replace("teh", "the", 1))
     assert before == {path.name: path.read_bytes() for path in directory.iterdir()}
-    path, = train.checkpoints(directory)
+    path, = run.checkpoints(directory)
     path.write_bytes(b"")
     assert "none of the 1 checkpoints" in fails(capsys, *arguments, "--resume")
 
 
-def test_another_model_to_start_from_is_noticed(world, chain, tmp_path, capsys):
+def test_another_model_to_start_from_is_noticed(world, chain, tmp_path, capsys, monkeypatch):
     shutil.copytree(chain / "pretrain", tmp_path / "pretrain")
-    arguments = [*commands(world, tmp_path)["prune"], "--save-every", "1"]
+    save_every(monkeypatch, 1)
+    arguments = commands(world, tmp_path)["prune"]
     stop_after(2, arguments, tmp_path / "out.txt")
     path = tmp_path / "pretrain" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
@@ -147,17 +150,18 @@ def last_line(path):
     return lines[-1]
 
 
-def test_full_disk(world, chain, tmp_path):
+def test_full_disk(world, chain, tmp_path, monkeypatch):
     """No file may grow beyond 3 MB, so that the write of a checkpoint fails halfway, as on a full disk."""
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 
-    arguments, printed = [*commands(world, tmp_path)["pretrain"], "--save-every", "5"], tmp_path / "out.txt"
+    save_every(monkeypatch, 5)
+    arguments, printed = commands(world, tmp_path)["pretrain"], tmp_path / "out.txt"
     stop_after(5, arguments, printed)
-    kept = {path: path.read_bytes() for path in train.checkpoints(tmp_path / "pretrain")}
+    kept = {path: path.read_bytes() for path in run.checkpoints(tmp_path / "pretrain")}
     assert exit_code(start([*arguments, "--resume"], printed, limit)) == 2
     assert "train-000000010.pt cannot be written (File too large)" in last_line(printed)
-    assert kept == {path: path.read_bytes() for path in train.checkpoints(tmp_path / "pretrain")}
+    assert kept == {path: path.read_bytes() for path in run.checkpoints(tmp_path / "pretrain")}
     assert not list((tmp_path / "pretrain").glob(".*"))
     train.main([*arguments, "--resume"])
     assert ((tmp_path / "pretrain" / "model.safetensors").read_bytes()
@@ -179,7 +183,7 @@ def test_read_only_folder(world, tmp_path, capsys):
     assert str(folder) in message and ("ead-only" in message or "ermission denied" in message)
 
 
-def test_not_enough_memory(world, chain, tmp_path):
+def test_not_enough_memory(world, chain, tmp_path, monkeypatch):
     """All memory but 100 MB is taken before the loop of a resumed run, which asks for larger forward passes."""
     def limit():
         loop = train.train
@@ -198,13 +202,13 @@ def test_not_enough_memory(world, chain, tmp_path):
 
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("address space is measured on Linux")
-    arguments = [*commands(world, tmp_path, steps=3)["pretrain"], "--batch-size", "1024", "--save-every", "1",
-                 "--max-len", "16"]
+    arguments = [*commands(world, tmp_path, steps=3)["pretrain"], "--batch-size", "1024", "--max-len", "16"]
+    save_every(monkeypatch, 1)
     stop_after(1, [*arguments, "--micro-batch", "128"], tmp_path / "out.txt")
-    kept = train.checkpoints(tmp_path / "pretrain")
+    kept = run.checkpoints(tmp_path / "pretrain")
     assert exit_code(start([*arguments, "--resume"], tmp_path / "out.txt", limit)) == 2
     assert "not enough memory" in last_line(tmp_path / "out.txt")
-    assert "--micro-batch" in last_line(tmp_path / "out.txt") and train.checkpoints(tmp_path / "pretrain") == kept
+    assert "--micro-batch" in last_line(tmp_path / "out.txt") and run.checkpoints(tmp_path / "pretrain") == kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +263,7 @@ def test_two_processes_train_the_same_model(stage, world, chain, rows_of_one_len
     for name, tensor in one.items():
         assert torch.equal(tensor == 0, two[name] == 0) or stage == "pretrain", name
         assert torch.allclose(tensor, two[name], atol=2e-5), (name, float((tensor - two[name]).abs().max()))
-    one, two = (network.read_safetensors(end / "compression.safetensors")[0] for end in ends)
+    one, two = (safetensors.read_safetensors(end / "compression.safetensors")[0] for end in ends)
     for name, tensor in one.items():
         if name.endswith("act_range"):
             assert torch.allclose(tensor, two[name], atol=1e-4), name
@@ -271,20 +275,20 @@ def test_two_processes_train_the_same_model(stage, world, chain, rows_of_one_len
     assert json.loads((ends[1] / "run.json").read_text())["processes"] == 2
 
 
-def test_resume_with_another_number_of_processes(world, chain, tmp_path):
+def test_resume_with_another_number_of_processes(world, chain, tmp_path, monkeypatch):
     """Two processes stop after step 3, three go on: as one process does it all, but for rounding."""
+    save_every(monkeypatch, 3)
     ends = []
     for name in ("one", "many"):
         out = tmp_path / name
         out.mkdir()
-        arguments = [*commands(world, out, steps=6)["pretrain"], "--precision", "fp32", "--batch-size", "12",
-                     "--save-every", "3"]
+        arguments = [*commands(world, out, steps=6)["pretrain"], "--precision", "fp32", "--batch-size", "12"]
         if name == "one":
             train.main(arguments)
         else:
-            stop_all = lambda: setattr(train, "interrupts", three_steps_then_stop)          # noqa: E731
+            stop_all = lambda: setattr(run, "interrupts", three_steps_then_stop)          # noqa: E731
             together(arguments, out, 2, 130, stop_all)
-            assert [path.name for path in train.checkpoints(out / "pretrain")] == ["train-000000003.pt"]
+            assert [path.name for path in run.checkpoints(out / "pretrain")] == ["train-000000003.pt"]
             together([*arguments, "--resume"], out, 3)
         ends.append(weights(out / "pretrain"))
     for name, tensor in ends[0].items():
@@ -292,7 +296,7 @@ def test_resume_with_another_number_of_processes(world, chain, tmp_path):
 
 
 class three_steps_then_stop(list):
-    """In place of train.interrupts: process 1, and only it, gets a signal in its third step."""
+    """In place of run.interrupts: process 1, and only it, gets a signal in its third step."""
 
     def __enter__(self):
         self.asked = 0
@@ -303,43 +307,44 @@ class three_steps_then_stop(list):
 
     def __len__(self):
         self.asked += 1
-        return int(train.rank() == 1 and self.asked == 3)
+        return int(processes.rank() == 1 and self.asked == 3)
 
 
-def test_a_dying_process_ends_the_run(world, tmp_path):
+def test_a_dying_process_ends_the_run(world, tmp_path, monkeypatch):
     """SIGKILL to process 1: process 0 says one sentence and exits with 2, its checkpoint whole."""
-    arguments = [*commands(world, tmp_path, steps=4000)["pretrain"], "--save-every", "1"]
+    save_every(monkeypatch, 1)
+    arguments = commands(world, tmp_path, steps=4000)["pretrain"]
     children = start_together(arguments, tmp_path)
     deadline = time.monotonic() + 60
-    while len(train.checkpoints(tmp_path / "pretrain")) < 2 and time.monotonic() < deadline:
+    while len(run.checkpoints(tmp_path / "pretrain")) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(children[1], signal.SIGKILL)
     killed = time.monotonic()
     assert exit_code(children[1]) == -signal.SIGKILL and exit_code(children[0]) == 2
     assert time.monotonic() - killed < 10
     assert "another process" in last_line(tmp_path / "0.txt") and "--resume" in last_line(tmp_path / "0.txt")
-    assert train.checkpoints(tmp_path / "pretrain")
+    assert run.checkpoints(tmp_path / "pretrain")
 
 
 @pytest.mark.parametrize("message", [
     "Application timeout caused pair closure", "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer",
     "[1] is setting up NCCL communicator and retrieving ncclUniqueId, but got: wait timeout", "Timed out waiting 1000ms"])
 def test_a_lost_process_is_told_in_a_sentence(message, monkeypatch):
-    assert train.plain_reason(RuntimeError(message)) is None                # of one process it is a fault of ours
+    assert run.reason_of(RuntimeError(message)) is None                # of one process it is a fault of ours
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    assert "another process" in train.plain_reason(RuntimeError(message))
-    assert train.plain_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert "another process" in run.reason_of(RuntimeError(message))
+    assert run.reason_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-def test_a_silent_process_ends_the_run(world, tmp_path):
-    """SIGSTOP to process 1: process 0 waits as long as train.SILENCE says, here a second, and gives up."""
+def test_a_silent_process_ends_the_run(world, tmp_path, monkeypatch):
+    """SIGSTOP to process 1: process 0 waits as long as processes.SILENCE says, here a second, and gives up."""
     def be_impatient():
-        train.SILENCE = train.datetime.timedelta(seconds=1)
+        processes.SILENCE = processes.datetime.timedelta(seconds=1)
 
-    children = start_together([*commands(world, tmp_path, steps=4000)["pretrain"], "--save-every", "1"], tmp_path,
-                              prepare=be_impatient)
+    save_every(monkeypatch, 1)
+    children = start_together(commands(world, tmp_path, steps=4000)["pretrain"], tmp_path, prepare=be_impatient)
     deadline = time.monotonic() + 60
-    while len(train.checkpoints(tmp_path / "pretrain")) < 2 and time.monotonic() < deadline:
+    while len(run.checkpoints(tmp_path / "pretrain")) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(children[1], signal.SIGSTOP)
     assert exit_code(children[0]) == 2 and "is silent" in last_line(tmp_path / "0.txt")

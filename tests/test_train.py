@@ -1,8 +1,8 @@
 """The stages as a person runs them, on small files made here: chain, resume, settings, errors, what is left on disk."""
 import csv
+import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DIRECTORIES, ROOT, SHORT, commands, fails, save_every
 
 import model as network
 import prune
-import quant
 import train
-from conftest import DIRECTORIES, ROOT, SHORT, commands, fails
+from data import batches, recipes
+from formats import model_directory, run, safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a stage leaves
@@ -36,8 +37,8 @@ def test_every_stage_leaves_a_whole_directory(chain):
 
 def test_quantized_model_was_trained_on_the_embeddings_of_its_file(chain):
     directory = chain / "sst2" / "int8-1x4-0.85"
-    weights, _ = network.read_safetensors(directory / "model.safetensors")
-    packed, _ = network.read_safetensors(directory / "int8.safetensors")
+    weights, _ = safetensors.read_safetensors(directory / "model.safetensors")
+    packed, _ = safetensors.read_safetensors(directory / "int8.safetensors")
     for kind in ("word", "position", "token_type"):
         stem = f"bert.embeddings.{kind}_embeddings."
         rows = packed[stem + "values"] * packed[stem + "weight_scale"][:, None]
@@ -46,7 +47,7 @@ def test_quantized_model_was_trained_on_the_embeddings_of_its_file(chain):
 
 def test_sparsity_is_exact_and_locked(chain):
     """Zeros counted in the stored tensors: exactly floor(0.85 blocks) per layer after pruning, never fewer later."""
-    weights, _ = network.read_safetensors(chain / "prune-1x4-0.85" / "model.safetensors")
+    weights, _ = safetensors.read_safetensors(chain / "prune-1x4-0.85" / "model.safetensors")
     pruned = {name: tensor for name, tensor in weights.items()
               if (".layer." in name or "pooler" in name) and tensor.ndim == 2}
     assert len(pruned) == 6 * network.PRESETS["tiny"].num_hidden_layers + 1
@@ -55,7 +56,7 @@ def test_sparsity_is_exact_and_locked(chain):
         assert int((blocks == 0).all(2).sum()) == int(0.85 * blocks.shape[0] * blocks.shape[1])
         assert bool(((blocks == 0).all(2) | (blocks != 0).all(2)).all())
     for later in ("sst2/sparse-1x4-0.85", "sst2/int8-1x4-0.85"):
-        after, _ = network.read_safetensors(chain / later / "model.safetensors")
+        after, _ = safetensors.read_safetensors(chain / later / "model.safetensors")
         moved = 0
         for name, tensor in pruned.items():
             assert bool((after[name][tensor == 0] == 0).all()), name
@@ -63,7 +64,7 @@ def test_sparsity_is_exact_and_locked(chain):
         assert moved > 0                                  # the kept weights did train
     kept = json.loads((chain / "sst2/int8-1x4-0.85" / "metrics.json").read_text())
     assert kept["sparsity"] == pytest.approx(
-        prune.measured_sparsity(network.load(chain / "prune-1x4-0.85", "pretraining")))
+        prune.measured_sparsity(model_directory.load(chain / "prune-1x4-0.85", "pretraining")))
 
 
 def test_the_log_follows_the_schedule(chain):
@@ -97,7 +98,7 @@ def test_directories_open_in_transformers(chain):
     types = torch.randint(0, 2, ids.shape)
     for stage, name in DIRECTORIES.items():
         kind = "pretraining" if stage in ("pretrain", "prune") else "classification"
-        ours = network.load(chain / name, kind).eval()
+        ours = model_directory.load(chain / name, kind).eval()
         theirs_class = "BertForPreTraining" if kind == "pretraining" else "BertForSequenceClassification"
         theirs, info = getattr(transformers, theirs_class).from_pretrained(chain / name, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info
@@ -162,21 +163,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, world, chain, tmp_p
     for parent in ("pretrain", "prune-1x4-0.85", "sst2"):
         shutil.copytree(chain / parent, tmp_path / parent)
     shutil.rmtree(tmp_path / DIRECTORIES[stage])
-    arguments = [*commands(world, tmp_path)[stage], "--save-every", "5"]
-    calls, counts = [], train.distill.counts
+    save_every(monkeypatch, 5)
+    arguments = commands(world, tmp_path)[stage]
+    calls, denominators = [], train.distill.denominators
 
     def crash(batches):
         calls.append(1)
         if len(calls) == 8:
             raise RuntimeError("power cut")
-        return counts(batches)
+        return denominators(batches)
 
-    monkeypatch.setattr(train.distill, "counts", crash)
+    monkeypatch.setattr(train.distill, "denominators", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train.main(arguments)
     monkeypatch.undo()
     directory = tmp_path / DIRECTORIES[stage]
-    assert [path.name for path in train.checkpoints(directory)] == ["train-000000005.pt"]
+    assert [path.name for path in run.checkpoints(directory)] == ["train-000000005.pt"]
     assert not (directory / "model.safetensors").exists()
     train.main([*arguments, "--resume"])
     names = ["model.safetensors", "compression.safetensors"] + (["int8.safetensors"] if stage == "quantize" else [])
@@ -198,11 +200,12 @@ def test_interrupt_finishes_the_step_and_says_how_to_go_on(world, chain, tmp_pat
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in printed.strip().splitlines()[-1]
-    assert train.checkpoints(tmp_path / "pretrain")
+    assert run.checkpoints(tmp_path / "pretrain")
 
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(world, chain, tmp_path, monkeypatch, capsys):
-    arguments = [*commands(world, tmp_path)["pretrain"], "--save-every", "2"]
+    save_every(monkeypatch, 2)
+    arguments = commands(world, tmp_path)["pretrain"]
     monkeypatch.setattr(train.prune, "learning_rate_factor", lambda step, *rest: 1 / (7 - step))
     with pytest.raises(ZeroDivisionError):
         train.main(arguments)
@@ -231,67 +234,9 @@ def test_accumulation_trains_the_same_model(world, chain, tmp_path):
         train.main([*commands(world, out, steps=4)["prune"], "--init", str(chain / "pretrain"), "--teacher",
                     str(chain / "pretrain"), "--precision", "fp32", "--dropout", "0", "--micro-batch", str(micro),
                     "--update-every", "0.25"])
-        ends.append(network.read_safetensors(out / "prune-1x4-0.85" / "model.safetensors")[0])
+        ends.append(safetensors.read_safetensors(out / "prune-1x4-0.85" / "model.safetensors")[0])
     for name in ends[0]:
         assert name.endswith("key.bias") or torch.allclose(ends[0][name], ends[1][name], atol=3e-5), name
-
-
-def test_activation_checkpointing_trains_the_same_bits(world, chain, tmp_path):
-    """With dropout, which must fall alike when a layer is computed again."""
-    calls, forward = [], network.Layer.forward
-    ends = []
-    for flags in ([], ["--activation-checkpointing"]):
-        out = tmp_path / str(len(flags))
-        calls.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(network.Layer, "forward", lambda *inputs: (calls.append(1), forward(*inputs))[1])
-            train.main([*commands(world, out, steps=4)["prune"], "--init", str(chain / "pretrain"), "--teacher",
-                        str(chain / "pretrain"), "--dropout", "0.1", "--update-every", "0.25", *flags])
-        ends.append(((out / DIRECTORIES["prune"] / "model.safetensors").read_bytes(), len(calls)))
-    assert ends[0][0] == ends[1][0]
-    assert ends[1][1] - ends[0][1] == 4 * network.PRESETS["tiny"].num_hidden_layers       # each once more in each step
-
-
-def test_activation_checkpointing_does_not_go_with_activation_ranges(capsys, tmp_path):
-    message = fails(capsys, "--stage", "quantize", "--task", "sst2", "--activation-checkpointing", "--out", tmp_path)
-    assert "--activation-checkpointing" in message and "--micro-batch" in message
-
-
-def test_compile_trains_the_same_model(world, chain, tmp_path, monkeypatch):
-    """The layers as torch.compile traces them and their backward passes, to float rounding and under the same names.
-    What a C++ compiler makes of them takes too long here: docs/measure_training_settings.py prints its loss."""
-    compiled, compile_module = [], torch.nn.Module.compile
-    monkeypatch.setattr(network.Layer, "compile", lambda layer: (
-        compiled.append(layer), compile_module(layer, backend="aot_eager")))
-    ends = []
-    for flags in ([], ["--compile"]):
-        out = tmp_path / str(len(flags))
-        train.main([*commands(world, out, steps=2)["pretrain"], "--init", str(chain / "pretrain"), "--dropout", "0",
-                    "--precision", "fp32", *flags])
-        ends.append(network.read_safetensors(out / "pretrain" / "model.safetensors")[0])
-    torch.compiler.reset()
-    assert len(compiled) == network.PRESETS["tiny"].num_hidden_layers
-    assert ends[0].keys() == ends[1].keys()
-    for name, tensor in ends[0].items():
-        assert torch.allclose(tensor, ends[1][name], atol=2e-5), name
-
-
-def test_memory_kept_by_a_layer(monkeypatch):
-    """In float32 without dropout, per token: eight arrays of H numbers (inputs, query, key, value, context, two sums and
-    a norm), two of F, a number per head and four of the norms; and of each weight its product with the mask."""
-    model = network.build(network.PRESETS["tiny"], "pretraining")
-    network.set_dropout(model, 0.0)
-    H, F, A = model.config.hidden_size, model.config.intermediate_size, model.config.num_attention_heads
-    tokens, weights = 8 * 64, 4 * H * H + 2 * H * F
-    kept = train.kept_by_layer(train.Settings(precision="fp32"), model, (8, 64, H))
-    assert kept == pytest.approx(4 * (tokens * (8 * H + 2 * F + A + 4) + weights), rel=0.002)
-    model.encoder.recompute = True
-    monkeypatch.setattr(train, "memory_now", lambda: 0)         # the trial itself may leave freed memory behind
-    parts = [train.estimate_memory(train.Settings(precision="fp32", activation_checkpointing=flag, batch_size=4096,
-                                                  micro_batch=512, max_len=128), model, None) for flag in (False, True)]
-    hidden = 4 * 512 * 128 * H
-    whole = train.kept_by_layer(train.Settings(precision="fp32"), model, (512, 128, H))
-    assert parts[0] - parts[1] == pytest.approx(train.HEAP * (whole - 3 * hidden), rel=0.01)  # one of three layers less
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -299,7 +244,7 @@ def test_frozen_teacher_teaches_the_same(precision, chain):
     """Masked and cast once, it gives the bits of a model that does both in every step. Its word embeddings, which are
     the decoder's weights, are cast too."""
     s = train.Settings(precision=precision)
-    model, teacher = (network.load(chain / DIRECTORIES["prune"], "pretraining").eval() for _ in range(2))
+    model, teacher = (model_directory.load(chain / DIRECTORIES["prune"], "pretraining").eval() for _ in range(2))
     assert prune.measured_sparsity(model) > 0.8
     for _, layer in network.linears(teacher):
         layer.weight.data[~layer.mask] = 7.0                    # latent weights, which no teacher shows
@@ -341,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, chain, tmp_path, monkeyp
 # Settings
 
 def test_precedence_default_recipe_command_line():
-    recipe = train.RECIPES["tiny"]["pretrain"]
+    recipe = recipes.RECIPES["tiny"]["pretrain"]
     resolved = train.resolve({"stage": "pretrain"})
     assert resolved.lr == recipe["lr"] != train.Settings.lr                       # recipe over default
     assert resolved.weight_decay == train.Settings.weight_decay                   # default where the recipe is silent
@@ -350,7 +295,7 @@ def test_precedence_default_recipe_command_line():
 
 
 def test_every_recipe_resolves():
-    for preset, recipe in train.RECIPES.items():
+    for preset, recipe in recipes.RECIPES.items():
         for stage in ("pretrain", "prune"):
             assert train.resolve({"preset": preset, "stage": stage}).steps > 0
         for task in train.tasks.TASKS:
@@ -505,66 +450,24 @@ def test_the_program_itself_exits_with_2():
 def test_help_lists_every_setting():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for field in train.fields(train.Settings):
+    for field in dataclasses.fields(train.Settings):
         assert "--" + field.name.replace("_", "-") in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --profile, and data made in the background
-
-@pytest.mark.parametrize("stage", ["prune", "quantize"])
-def test_profile_accounts_for_the_time_and_writes_nothing(stage, chain, world, capsys):
-    before = {path: path.stat().st_mtime_ns for path in chain.rglob("*")}
-    train.main([*commands(world, chain)[stage], "--profile"])
-    printed = capsys.readouterr().out
-    rows = {line[:36].strip(): float(line.split()[-2]) for line in printed.splitlines() if line.endswith("%")}
-    parts = {"student, forward", "teacher, forward", "backward, without the vocabulary", "gradient norm", "AdamW",
-             "waiting for data"} | ({"mask update", "vocabulary, its loss and gradient"} if stage == "prune" else set())
-    assert set(rows) == parts | {"the rest", "a step"}
-    assert all(value >= 0 for value in rows.values())
-    assert rows["backward, without the vocabulary"] > rows["gradient norm"]
-    assert sum(rows.values()) == pytest.approx(2 * rows["a step"], abs=1)
-    step, reached, fastest = (float(found.replace(",", "")) for found in
-                              re.findall(r"([0-9.,]+) GFLOP", printed.splitlines()[-1]))
-    assert step > 0 and 0 < reached < fastest
-    assert before == {path: path.stat().st_mtime_ns for path in chain.rglob("*")}
-
-
-def test_profile_counts_the_products_of_a_step(chain, world, capsys):
-    """Against the sizes of the layers: three products of each in training, the teacher's one more."""
-    settings = commands(world, chain)["prune"]
-    train.main([*settings, "--profile"])
-    step = float(re.search(r"([0-9.,]+) GFLOP a step", capsys.readouterr().out)[1])
-    s = train.resolve(train.parse_settings([*settings, "--profile"]))
-    data = train.build_model_and_data(s, chain / "pretrain")[2]
-    config = network.read_config(chain / "pretrain")[0]
-    tokens, real = 0, 0
-    for number in range(train.PROFILED_STEPS):
-        for batch in train.batches_of(s, data, number):
-            tokens += batch["input_ids"].numel()
-            real += int(batch["attention_mask"].sum())
-    hidden = config.hidden_size
-    layers = config.num_hidden_layers * (4 * hidden ** 2 + 2 * hidden * config.intermediate_size)
-    expected = 2 * 4 * (tokens * layers + real * hidden * (hidden + config.vocab_size)) / train.PROFILED_STEPS / 1e9
-    assert step == pytest.approx(expected, rel=0.05, abs=0.06)          # pooler and next sentence; one decimal printed
-
-
-def test_profile_wants_one_stage(capsys):
-    assert "--profile takes one training stage" in fails(capsys, "--profile")
-    assert "--profile takes one training stage" in fails(capsys, "--profile", "--stage", "evaluate")
-
+# Data made in the background
 
 def test_batches_are_made_ahead_one_step_and_an_error_in_them_is_one_sentence(world, tmp_path, monkeypatch, capsys):
     """Each step's batch once, in order, none after the last; a mistake found in the background is said as elsewhere."""
-    asked, real = [], train.batches_of
+    asked, real = [], batches.batches_of
 
-    def note(s, data, step):
+    def note(data, step, *sizes):
         asked.append(step)
         if step == 4:
             raise train.DataError("the corpus is gone")
-        return real(s, data, step)
+        return real(data, step, *sizes)
 
-    monkeypatch.setattr(train, "batches_of", note)
+    monkeypatch.setattr(batches, "batches_of", note)
     arguments = commands(world, tmp_path)["pretrain"]
     train.main([*arguments, "--steps", "3"])
     assert asked == [0, 1, 2]
