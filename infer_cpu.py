@@ -19,13 +19,6 @@ Every engine is the network of model.py with functions set into its slots: `Line
              computed
     auto     the fastest of int8, sparse and (where there is a compiler) native for this model on this machine; fp32 for
              a model that is not quantized
-
-From Python:
-
-    engine = load("out/tiny/sst2/int8-1x4-0.8")
-    engine.answer(["a warm and funny film", "dull"])                [(label, probability), ...]; or (span, score) with
-                                                                    contexts=[...], one per question
-    engine(dict(input_ids=..., attention_mask=..., token_type_ids=...))         logits
 """
 import contextlib
 import json
@@ -39,18 +32,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import model as network
 import quant
-from data import DataError, tiny
-from data.encode import check_texts, encoder_for, label_names, random_batch
+from data import DataError
+from data.encode import (check_texts, encoder_for, evaluation_data, label_names, random_batch,
+                         write_predictions)
+from data.flags import parse
 from data.metrics import best_span
-from data.tasks import TASKS
 from formats import model_directory
-from formats.command import Parser, positive_int, positive_ints
+from formats.command import to_stderr
 from formats.config import compression_of, kind_of
-from formats.files import make_folder, write_file
+from formats.files import check_place, make_folder, write_file
 from formats.int8 import read_int8
-from formats.machine import keep_freed_memory, medians_in_turn, seconds
+from formats.machine import (
+    keep_freed_memory,
+    medians_in_turn,
+    quantized_engine,
+    seconds,
+)
 from model import InputError, linears
 from native.build import native_library
 from native.engine import take_over
@@ -102,7 +100,7 @@ def fbgemm(packed):
 def csr(packed):
     """Sparse, any pattern: compressed rows in float32, times the activations transposed, a tile of tokens at a time.
 
-    Every integer up to 2^24 is exact in float32, so the sums are too: see `exact_in_float32`.
+    Every integer up to 2^24 is exact in float32, so the sums are too: see `quant.exact_in_float32`.
     """
     out, columns = packed.shape
     weight = quant.unpack(packed).to_sparse_csr()
@@ -154,24 +152,6 @@ def centred_levels(x, packed):
     zero_point = int(packed.input_zero_point)
     q = quant.levels(x, packed.input_scale, 0)
     return q.clamp_(-zero_point, 2 ** packed.bits - 1 - zero_point).contiguous(), zero_point
-
-
-def exact_in_float32(packed):
-    """Can no sum of (q_x - z) q_w leave the integers that float32 holds exactly, whatever the input?"""
-    zero_point = int(packed.input_zero_point)
-    largest = max(zero_point, 2 ** packed.bits - 1 - zero_point)
-    return largest * int(quant.unpack(packed).int().abs().sum(1).max()) <= 2 ** 24
-
-
-@contextlib.contextmanager
-def quantized_engine(name):
-    """torch's old quantized operators look at one global setting. RuntimeError where torch was built without it."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = name
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
 
 
 def is_exact(kernel, packed):
@@ -297,7 +277,7 @@ def load_integer(directory, name, say=print):
             "--activation-bits 7 for exact results here")
     if name == "sparse" and all(layer.pattern == "dense" for layer in packed.values()):
         raise InputError(f"engine sparse needs pruned layers, and {directory} has none; use --engine int8")
-    kinds = {layer_name: layer.pattern if name == "sparse" and exact_in_float32(layer) else "dense"
+    kinds = {layer_name: layer.pattern if name == "sparse" and quant.exact_in_float32(layer) else "dense"
              for layer_name, layer in packed.items()}
     chosen, notes = {}, []
     for kind in sorted(set(kinds.values()), key=lambda kind: kind == "dense"):
@@ -333,13 +313,12 @@ def load_auto(directory, say=print):
     tokens, engines = min(128, model.config.max_position_embeddings), []
     batch = random_batch(model.config, 1, tokens)
     try:
-        products, note = products_of_torch(packed, tokens)          # before native takes the layers over
         library = native_library(int(metadata["activation_bits"]), say)
+        products, note = products_of_torch(packed, tokens)          # before native takes the layers over
         engines.append(native_engine(directory, model, packed, library))
         whole = medians_in_turn(engines, batch, least=5, budget=0.1)["native"]
         if whole < products:
-            say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where the products alone take "
-                f"{1e3 * products:.1f} ms by the best of torch's, {note}")
+            say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where {note}")
             return engines[0]
     except NativeError as error:
         say(f"{error}; the engines of torch take over")
@@ -354,21 +333,22 @@ def load_auto(directory, say=print):
 
 
 def products_of_torch(packed, tokens):
-    """(seconds that all products of a model would take by torch's fastest kernel, judged by the largest layer; a note
-    about that kernel). Infinite where torch has no exact kernel."""
+    """(seconds that all products of a model would take by torch's fastest kernel, judged by the largest layer; that in
+    words). Infinite where torch has no exact kernel."""
     sizes = {name: math.prod(layer.shape) for name, layer in packed.items()}
     largest = packed[max(sizes, key=sizes.get)]
-    sparse = largest.pattern != "dense" and exact_in_float32(largest)
+    sparse = largest.pattern != "dense" and quant.exact_in_float32(largest)
     try:
         kernel, note = fastest({**DENSE_KERNELS, **(SPARSE_KERNELS if sparse else {})}, largest)
     except InputError as error:
         return math.inf, str(error)
     product = partial(kernel(largest)[0], torch.randn(tokens, largest.shape[1]))
-    return min(seconds(product) for _ in range(5)) * sum(sizes.values()) / max(sizes.values()), note
+    total = min(seconds(product) for _ in range(5)) * sum(sizes.values()) / max(sizes.values())
+    return total, f"the products alone take {1e3 * total:.1f} ms by the best of torch's, {note}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --text
+# Command line
 
 def run_text(settings):
     kind, *_ = kind_of(settings.model)
@@ -386,19 +366,9 @@ def run_text(settings):
                                                for text, (answer, value) in zip(settings.text, results)]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --evaluate
-
 def run_evaluate(settings):
     kind, *_ = kind_of(settings.model)
-    task = settings.task or compression_of(settings.model).get("task")
-    if task not in TASKS:
-        raise InputError(f"{settings.model} does not say which task it was trained on; give --task, one of "
-                         f"{', '.join(TASKS)}")
-    if TASKS[task].kind != kind:
-        raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {settings.model} is a {kind} model")
-    folder = settings.data or tiny.ensure(Path(__file__).resolve().parent / "data" / "tiny")
-    data = encoder_for(settings.model, kind, settings.max_len, task, folder, settings.split)
+    task, data = evaluation_data(settings, kind, Path(__file__).resolve().parent / "data" / "tiny")
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     classes = engine.model.classifier.out_features if kind == "classification" else len(data.labels)
     if classes != len(data.labels):
@@ -413,57 +383,10 @@ def run_evaluate(settings):
     print("\n".join([*data.notes(), f"{task}, engine {engine.name}: " + (
         ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items()) or "no labels to compare with")]))
     if predictions_folder:
-        for name, content in data.prediction_files(predictions).items():
-            write_file(predictions_folder / name, content)
-            print(f"wrote {predictions_folder / name}")
+        write_predictions(data, predictions, predictions_folder)
     if settings.agreement:
         print(agreement.sentence(report["agreement"]))
     return report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-def to_stderr(line):
-    print(line, file=sys.stderr)
-
-
-def parse(arguments=None):
-    """Command line -> settings. Exits with code 2 on an unknown flag or value."""
-    parser = Parser("infer_cpu.py", description=__doc__)
-    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a directory that train.py wrote")
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--text", action="append", help="a text to classify, or a question; may be given several times")
-    mode.add_argument("--evaluate", action="store_true", help="metrics on the task's dev set")
-    mode.add_argument("--benchmark", action="store_true", help="time every engine")
-    mode.add_argument("--size", action="store_true", help="count the bytes, layer kind by layer kind")
-    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto")
-    parser.add_argument("--threads", type=positive_int, help="default: torch's own choice")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--max-len", type=positive_int, help="tokens per row; default: as trained, or 128")
-    parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
-    parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
-    parser.add_argument("--task", choices=tuple(TASKS), help="with --evaluate; default: what the model was trained on")
-    parser.add_argument("--data", metavar="DIR", help="with --evaluate: the task folders; default: the tiny world")
-    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="with --evaluate; test has no labels")
-    parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there, as GLUE's server "
-                        "and SQuAD's script take them")
-    parser.add_argument("--limit", type=positive_int, help="with --evaluate: only so many examples of a dev set")
-    parser.add_argument("--agreement", action="store_true", help="with --evaluate: compare with the fake-quant model")
-    parser.add_argument("--batch-size", type=positive_ints, default=[1, 16], help="with --benchmark: for example 1,16")
-    parser.add_argument("--random", choices=tuple(network.PRESETS), help="with --benchmark, --size: random weights")
-    parser.add_argument("--sparsity", type=float, help="with --random: share of zeros; default 0.85")
-    parser.add_argument("--pattern", default="unstructured", help="with --random: unstructured, 1x4, RxC or N:M")
-    settings = parser.parse_args(arguments)
-    if (settings.model is None) != bool(settings.random):
-        parser.error("give either MODEL_DIR or --random PRESET")
-    if settings.predictions and not settings.evaluate:
-        parser.error("--predictions goes with --evaluate")
-    if settings.split == "test" and not settings.predictions:
-        parser.error("--split test has no labels, so that there is nothing but predictions; give --predictions FOLDER")
-    if settings.random and not (settings.benchmark or settings.size):
-        parser.error("--random has random weights: it goes with --benchmark and --size only")
-    return settings
 
 
 def run(settings):
@@ -480,10 +403,9 @@ def run(settings):
 
 
 def main(arguments=None):
-    settings = parse(arguments)
+    settings = parse(arguments, __doc__, ("auto", *ENGINES))
     try:
-        if settings.json and (Path(settings.json).is_dir() or not Path(settings.json).resolve().parent.is_dir()):
-            raise InputError(f"--json {settings.json} is a folder, or in a folder that is not there; give a file name")
+        check_place("--json", settings.json)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         report = run(settings)

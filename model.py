@@ -270,5 +270,15 @@ def linears(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
+def freeze(teacher, dtype):
+    """Make a model a teacher, in place, and return it. Nothing of it changes any more, so its weights are masked and
+    cast to the type of the products, dtype, once and not in every step."""
+    teacher.eval().requires_grad_(False)
+    for _, layer in linears(teacher):
+        layer.freeze(dtype)
+    teacher.encoder.word.to(dtype)
+    return teacher
+
+
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())

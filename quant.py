@@ -251,6 +251,13 @@ def integer_forward(x, packed):
     return sums * (packed.input_scale * packed.weight_scale) + packed.bias
 
 
+def exact_in_float32(packed):
+    """Can no sum of (q_x - z) q_w leave the integers that float32 holds exactly, whatever the input?"""
+    zero_point = int(packed.input_zero_point)
+    largest = max(zero_point, 2 ** packed.bits - 1 - zero_point)
+    return largest * int(unpack(packed).int().abs().sum(1).max()) <= 2 ** 24
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Embeddings: int8 rows, as the packed file holds them
 

@@ -13,7 +13,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -28,8 +27,8 @@ import quant
 from data import DataError, shards, tasks, text
 from data.batches import batches_ahead, to_device
 from data.recipes import RECIPES
-from data.settings import (LEAST_SPARSITY, check_device, check_numbers, check_stage, corpus_path, data_folder, files_of,
-                           follow_zeros, preset_for, recipe_for)
+from data.settings import (LEAST_SPARSITY, check_device, check_length, check_numbers, check_stage, corpus_path,
+                           data_folder, files_of, follow_zeros, preset_for, pretraining_data, recipe_for)
 from formats import model_directory, run
 from formats.command import Parser, add_settings
 from formats.config import read_config
@@ -291,34 +290,13 @@ def build_model_and_data(s, init, say):
     return model, tokenizer, data
 
 
-def pretraining_data(s, tokenizer, length, config):
-    return text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, length,
-                                next_sentence=config.model_type == "bert", seed=s.seed)
-
-
-def check_length(length, config):
-    """InputError if the model has no position embeddings for rows of `length` tokens."""
-    if length > config.max_position_embeddings:
-        raise InputError(f"--max-len {length} is more than the model's {config.max_position_embeddings} positions")
-
-
 def load_teacher(s, directory, model, data, say):
     """The model to distil from, frozen; None without a directory."""
     if directory is None:
         return None
     classes = {"num_labels": len(data.labels)} if model.kind == "classification" else {}
-    return freeze(s, model_directory.load(directory, model.kind, **classes, say=say))
-
-
-def freeze(s, teacher):
-    """Make a model a teacher, in place, and return it. Nothing of it changes any more, so its weights are masked and
-    cast to the type of the products once, not in every step."""
-    teacher.to(s.device).eval().requires_grad_(False)
-    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
-    for _, layer in network.linears(teacher):
-        layer.freeze(dtype)
-    teacher.encoder.word.to(dtype)
-    return teacher
+    teacher = model_directory.load(directory, model.kind, **classes, say=say)
+    return network.freeze(teacher.to(s.device), torch.bfloat16 if s.precision == "bf16" else torch.float32)
 
 
 def prepare_layers(s, model):
@@ -401,6 +379,7 @@ def train(s, model, teacher, data, inputs, log, out, state):
             if (progress.save_is_due() or stop) and log.directory:
                 run.save_checkpoint(out, asdict(s), inputs, model, optimizer, step + 1, progress.seconds())
             if stop:
+                progress.bar.close()
                 log.say(f"stopped after step {step + 1} of {s.steps}; go on with the same command and --resume")
                 sys.exit(130)
         return progress.seconds()
@@ -512,22 +491,12 @@ def run_all(typed):
     lines = []
     for chain in chains:
         task, directories = chain[-1].task, [run_stage(s) for s in chain]
-        lines.append(table_line(task, tasks.TASKS[task].metric, *directories, run_engine(chain[-1], directories[-1])))
+        engine = run.engine_report(HERE / "infer_cpu.py", chain[-1], directories[-1])
+        lines.append(table_line(task, tasks.TASKS[task].metric, *directories, engine))
     table = "\n".join([TABLE_HEAD, *lines, f"{time.monotonic() - started:,.0f} s in all, {base.threads} threads, "
                        f"seed {base.seed}, {processor_name()}, torch {torch.__version__}"])
     print("\n" + table)
     write_file(Path(base.out) / "table.txt", table + "\n")
-
-
-def run_engine(s, directory):
-    """The task's metrics through the real INT8 engine: what a person would type, in its own process."""
-    report = directory / "infer.json"
-    command = [sys.executable, str(HERE / "infer_cpu.py"), str(directory), "--engine", "auto", "--evaluate", "--task",
-               s.task, "--threads", str(s.threads), "--agreement", "--json", str(report)] + (
-                   ["--data", s.data] if s.data else [])
-    if subprocess.run(command).returncode:
-        raise InputError(f"the INT8 engine could not evaluate {directory}; its message stands above")
-    return json.loads(report.read_text())
 
 
 def start(typed):

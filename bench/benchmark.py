@@ -12,12 +12,13 @@ import model as network
 import prune
 import quant
 from data.encode import random_batch
+from formats.command import to_stderr
 from formats.config import config_json, kind_of
 from formats.files import write_file
 from formats.int8 import write_int8
 from formats.machine import medians_in_turn, processor_name, seconds
 from formats.model_directory import save
-from infer_cpu import ENGINES, load, to_stderr
+from infer_cpu import ENGINES, load
 from model import InputError, linears
 from native.engine import PARTS
 from native.weights import native_weights

@@ -67,7 +67,8 @@ def main():
         model_directory.save(network.build(config, "pretraining"), folder)
         watch.say("random weights, written to a file")
         student = model_directory.load(folder, "pretraining").train()
-        teacher = train.freeze(settings, model_directory.load(folder, "pretraining"))
+        teacher = network.freeze(model_directory.load(folder, "pretraining"),
+                                 torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         watch.say("student and teacher read from it")
     ramp = prune.Ramp(target=0.8, begin=0, end=1, update_end=1, every=1)
     optimizer = train.make_optimizer(settings, student)

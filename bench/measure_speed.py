@@ -35,8 +35,9 @@ SPARSE = {"1x4-0.8": (0.8, 1, 4), "unstructured-0.9": (0.9, 1, 1)}      # export
 
 def ours(path, engine, threads):
     sys.path.insert(0, str(HOME))
-    import infer_cpu
     import torch
+
+    import infer_cpu
     loaded = infer_cpu.load(path, engine, threads, say=lambda line: print(line, file=sys.stderr))
     return lambda batch: loaded({name: torch.from_numpy(array) for name, array in batch.items()})
 
@@ -161,11 +162,11 @@ def in_turn(workers, shapes, rounds=7, duration=0.6):
 def random_model(settings, preset, sparsity, pattern, plain=False):
     """The directory of a random model of ours, made once, with a tokenizer if there is one to copy."""
     sys.path.insert(0, str(HOME))
-    import infer_cpu
+    from bench.benchmark import write_random
     path = settings.work / f"{preset}-{pattern}-{sparsity}"
     if not (path / "int8.safetensors").is_file() or plain and not (path / "model.safetensors").is_file():
         path.mkdir(parents=True, exist_ok=True)
-        infer_cpu.write_random(path, preset, sparsity, pattern, plain)
+        write_random(path, preset, sparsity, pattern, plain)
     if settings.tokenizer:
         for file in ("vocab.txt", "tokenizer.json"):
             if (settings.tokenizer / file).is_file():
@@ -227,18 +228,21 @@ def layers(settings):
     sys.path.insert(0, str(HOME))
     import ctypes
 
-    import infer_cpu
-    import quant
     import torch
+
+    import quant
+    from formats.machine import quantized_engine, seconds
+    from native.build import native_library
+    from native.weights import native_weights
     torch.set_num_threads(2)
-    library, rows = infer_cpu.native_library(8, print), []
+    library, rows = native_library(8, print), []
     for out, columns in ((768, 768), (3072, 768), (768, 3072)):
         keep = torch.rand(out, columns // 4) >= 0.8
         weight = torch.randint(-127, 128, (out, columns), dtype=torch.int8) * keep.repeat_interleave(4, 1)
         layer = quant.PackedLinear((out, columns), weight, None, torch.ones(out), torch.zeros(out), torch.tensor(1.0),
                                    torch.tensor(100, dtype=torch.int32), 8)
-        weights = infer_cpu.native_weights(library, [layer])
-        with infer_cpu.quantized_engine("fbgemm"):
+        weights = native_weights(library, [layer])
+        with quantized_engine("fbgemm"):
             prepacked = torch.ops.quantized.linear_prepack(torch._make_per_channel_quantized_tensor(
                 weight, torch.ones(out).double(), torch.zeros(out, dtype=torch.int64), 0), layer.bias)
         onednn, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(out, dtype=torch.int64)
@@ -263,7 +267,7 @@ def layers(settings):
             times = {name: [] for name in calls}
             for _ in range(60):
                 for name, call in calls.items():
-                    times[name].append(1e3 * infer_cpu.seconds(call))
+                    times[name].append(1e3 * seconds(call))
             rows.append({"inputs": columns, "outputs": out, "tokens": tokens, "ms": {
                 name: round(statistics.median(values[5:]), 4) for name, values in times.items()}})
             print(json.dumps(rows[-1]), flush=True)
@@ -275,19 +279,22 @@ def packed(settings):
     if not (settings.data and settings.tokenizer):
         raise SystemExit("measure_speed.py: part packed needs --data and --tokenizer")
     path = random_model(settings, "bert-base", 0.8, "1x4")
-    import infer_cpu
     import torch
+
+    import infer_cpu
+    from data.encode import encoder_for, random_batch
+    from formats.machine import seconds
     engine = infer_cpu.load(path, "native", 2)
-    data = infer_cpu.encoder_for(path, "classification", 128, "sst2", settings.data)
+    data = encoder_for(path, "classification", 128, "sst2", settings.data)
     rows = data.encode([line.split("\t")[0] for line in
                         (settings.data / "SST-2" / "dev.tsv").read_text().splitlines()[1:]])
     batches = [data.collate(rows[begin:begin + 32]) for begin in range(0, len(rows), 32)]
     times = {"packed": [], "padded to 128": []}
     for _ in range(3):
         for batch in batches:
-            times["packed"].append(infer_cpu.seconds(partial(engine, batch)))
-            full = infer_cpu.random_batch(engine.model.config, len(batch["input_ids"]), 128)
-            times["padded to 128"].append(infer_cpu.seconds(partial(engine, full)))
+            times["packed"].append(seconds(partial(engine, batch)))
+            full = random_batch(engine.model.config, len(batch["input_ids"]), 128)
+            times["padded to 128"].append(seconds(partial(engine, full)))
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert torch.get_num_threads() == 2
     return [{"sentences": len(rows), "tokens": tokens, "sequences_per_second": {
@@ -333,14 +340,14 @@ def main():
         contender, path, engine, count = settings.worker
         return work(contender, path, engine, int(count))
     sys.path.insert(0, str(HOME))
-    import infer_cpu
+    from bench.benchmark import machine
     settings.work.mkdir(parents=True, exist_ok=True)
     figures = json.loads(settings.json.read_text()) if settings.json.is_file() else {}
     for part in PARTS:
         if settings.part not in (None, part.__name__) or part.__name__ in figures and not settings.again:
             continue
         print(f"--- {part.__name__}", flush=True)
-        figures[part.__name__] = {"machine": infer_cpu.machine(), "date": time.strftime("%Y-%m-%d"),
+        figures[part.__name__] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"),
                                   "rows": part(settings)}
         settings.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -35,11 +35,11 @@ import torch.nn.functional as F  # noqa: E402
 import model as network  # noqa: E402
 import prune  # noqa: E402
 import train  # noqa: E402
+from bench.measure_training_settings import RandomRows  # noqa: E402
+from data import tasks, text  # noqa: E402
 from formats import run  # noqa: E402
 from formats.files import write_file  # noqa: E402
 from formats.machine import has_bf16, keep_freed_memory, processor_name  # noqa: E402
-from data import tasks, text  # noqa: E402
-from bench.measure_training_settings import RandomRows  # noqa: E402
 
 SIZES = {"minilm-l6": 16, "bert-base": 4}           # rows of a batch; each of 128 word pieces
 LENGTH, TASK_ROWS, THREADS = 128, 32, 2
@@ -78,7 +78,8 @@ def pretrain_ours(preset, precision, steps, positions):
         layer.mask.copy_(prune.magnitude_mask(layer.weight, s.sparsity))
     train.prepare_layers(s, student)
     s.mask = "locked"                       # from here on
-    return our_seconds(s, student, train.freeze(s, teacher), RandomRows(config, LENGTH))
+    network.freeze(teacher, torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    return our_seconds(s, student, teacher, RandomRows(config, LENGTH))
 
 
 def pretrain_theirs(preset, precision, steps):
@@ -130,7 +131,12 @@ def fine_tune_ours(precision, steps, folder, directory):
 
 def fine_tune_theirs(precision, steps, folder, directory):
     """Seconds per step of Trainer, on the rows that ours reads."""
-    from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        BertForSequenceClassification,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
     data = tasks.TaskData("sst2", folder, text.load_tokenizer(directory), 128, splits=("train",))
     rows = [{"input_ids": torch.from_numpy(row["input_ids"]).long(), "labels": row["label"]}
             for row in data._split_rows("train")]

@@ -71,7 +71,7 @@ def measure(preset, rows, length, steps, setting):
         torch.manual_seed(0)
         model_directory.save(network.build(config, "pretraining"), folder)
         student, teacher = (model_directory.load(folder, "pretraining") for _ in range(2))
-        train.freeze(s, teacher)
+        network.freeze(teacher, torch.bfloat16 if s.precision == "bf16" else torch.float32)
         train.prepare_layers(s, student)
         estimate = estimate_memory(s, student, teacher)
         train.train(s, student, teacher, RandomRows(config, length), {}, Log(folder), folder, None)

@@ -1,9 +1,11 @@
 """What a person types, or a task's files, as batches for the model in a directory."""
 import torch
 
+from data import tiny
 from data.tasks import TASKS, TaskData
 from data.text import load_tokenizer
 from formats.config import compression_of, kind_of, read_config
+from formats.files import write_file
 from model import InputError
 
 
@@ -50,3 +52,22 @@ def random_batch(config, batch_size, length):
     length = min(length, config.max_position_embeddings)
     ids = torch.randint(0, config.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def evaluation_data(settings, kind, tiny_folder):
+    """(task, its TaskData) for --evaluate of a model of this kind. InputError if the two do not go together."""
+    task = settings.task or compression_of(settings.model).get("task")
+    if task not in TASKS:
+        raise InputError(f"{settings.model} does not say which task it was trained on; give --task, one of "
+                         f"{', '.join(TASKS)}")
+    if TASKS[task].kind != kind:
+        raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {settings.model} is a {kind} model")
+    folder = settings.data or tiny.ensure(tiny_folder)
+    return task, encoder_for(settings.model, kind, settings.max_len, task, folder, settings.split)
+
+
+def write_predictions(data, predictions, folder):
+    """Files as GLUE's server and SQuAD's script take them."""
+    for name, content in data.prediction_files(predictions).items():
+        write_file(folder / name, content)
+        print(f"wrote {folder / name}")

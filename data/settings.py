@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import prune
-from data import corpus, tasks, tiny
+from data import corpus, shards, tasks, text, tiny
 from data.recipes import RECIPES
 from formats import model_directory
 from formats.config import preset_of, read_config
@@ -146,3 +146,14 @@ def data_folder(s):
 
 def corpus_path(s):
     return tiny.ensure(TINY) / "corpus.txt" if s.corpus == "tiny" else Path(s.corpus)
+
+
+def pretraining_data(s, tokenizer, length, config):
+    return text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, length,
+                                next_sentence=config.model_type == "bert", seed=s.seed)
+
+
+def check_length(length, config):
+    """InputError if the model has no position embeddings for rows of `length` tokens."""
+    if length > config.max_position_embeddings:
+        raise InputError(f"--max-len {length} is more than the model's {config.max_position_embeddings} positions")

@@ -59,3 +59,7 @@ def add_flag(group, field, comment, choices):
     default = "" if field.default in ("", None) else f" [{field.default}]"
     group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(),
                        help=comment.replace("%", "%%") + default)
+
+
+def to_stderr(line):
+    print(line, file=sys.stderr)

@@ -64,3 +64,9 @@ def make_folder(path):
             return folder
     except OSError as error:
         raise InputError(f"--predictions {path}: {error.strerror}; give a folder that can be written to") from None
+
+
+def check_place(flag, path):
+    """InputError unless a file can stand at `path`, which a flag named; an empty path is none."""
+    if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+        raise InputError(f"{flag} {path} is a folder, or in a folder that is not there; give a file name")

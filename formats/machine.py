@@ -63,3 +63,14 @@ def medians_in_turn(engines, batch, least=7, budget=20.0):
         for engine in engines:
             times[engine.name].append(seconds(partial(engine, batch)))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def quantized_engine(name):
+    """torch's old quantized operators look at one global setting. RuntimeError where torch was built without it."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before

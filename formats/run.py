@@ -153,6 +153,17 @@ def fingerprint(paths):
     return digest.hexdigest()[:16]
 
 
+def engine_report(program, s, directory):
+    """A task's metrics through the real INT8 engine, infer_cpu.py: what a person would type, in its own process."""
+    report = directory / "infer.json"
+    command = [sys.executable, str(program), str(directory), "--engine", "auto", "--evaluate", "--task",
+               s.task, "--threads", str(s.threads), "--agreement", "--json", str(report)] + (
+                   ["--data", s.data] if s.data else [])
+    if subprocess.run(command).returncode:
+        raise InputError(f"the INT8 engine could not evaluate {directory}; its message stands above")
+    return json.loads(report.read_text())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: train-STEP.pt, in the stage's directory until it is finished
 

@@ -28,8 +28,8 @@ from conftest import DIRECTORIES, commands, make_world  # noqa: E402
 
 import infer_cpu  # noqa: E402
 import train  # noqa: E402
-from data import DataError, shards, tasks, text  # noqa: E402
 from bench import watch
+from data import DataError, shards, tasks, text  # noqa: E402
 from formats import model_directory, safetensors
 from formats.run import checkpoints, newest_checkpoint, save_checkpoint
 
@@ -156,7 +156,8 @@ def read_model(folder, chain, world, generator):
     """config.json, weights and masks."""
     directory = mutated_copy(chain / "prune-1x4-0.85", folder, ["config.json", "model.safetensors",
                                                                 "compression.safetensors"], generator)
-    model_directory.load(directory, generator.choice(["pretraining", "classification", "span"]), num_labels=2, fresh_head=True,
+    model_directory.load(directory, generator.choice(["pretraining", "classification", "span"]), num_labels=2,
+                         fresh_head=True,
                  say=lambda line: None)
 
 

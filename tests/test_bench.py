@@ -14,8 +14,8 @@ from formats.config import read_config
 
 
 def test_memory_kept_by_a_layer():
-    """In float32 without dropout, per token: eight arrays of H numbers (inputs, query, key, value, context, two sums and
-    a norm), two of F, a number per head and four of the norms; and of each weight its product with the mask."""
+    """In float32 without dropout, per token: eight arrays of H numbers (inputs, query, key, value, context, two sums
+    and a norm), two of F, a number per head and four of the norms; and of each weight its product with the mask."""
     model = network.build(network.PRESETS["tiny"], "pretraining")
     network.set_dropout(model, 0.0)
     H, F, A = model.config.hidden_size, model.config.intermediate_size, model.config.num_attention_heads

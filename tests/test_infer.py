@@ -104,11 +104,11 @@ def test_kernel_takes_a_bias_at_any_address(name):
 
 def test_float32_exactness_is_judged_by_the_worst_input():
     packed = packed_layer(4, 8, (1, 1), 0.0)
-    assert infer_cpu.exact_in_float32(packed)
+    assert quant.exact_in_float32(packed)
     wide = replace(packed, shape=(1, 4096), values=torch.full((1, 4096), 127, dtype=torch.int8), mask_bits=None)
-    assert not infer_cpu.exact_in_float32(wide)
+    assert not quant.exact_in_float32(wide)
     narrow = replace(wide, shape=(1, 512), values=wide.values[:, :512])
-    assert infer_cpu.exact_in_float32(narrow)
+    assert quant.exact_in_float32(narrow)
 
 
 def test_a_wrong_or_missing_kernel_is_never_chosen():
@@ -213,10 +213,9 @@ def test_engines_agree_with_the_fake_quantized_model_on_the_dev_set(directories,
     directory, folder = directories[name], world[0]
     task = json.loads((directory / "config.json").read_text())["compression"]["task"]
     data = encode.encoder_for(directory, TASKS[task].kind, None, task, folder)
-    reference = agreement.fake_quant_model(directory)
     for engine_name in ("int8", "sparse", "native"):
         engine = infer_cpu.load(directory, engine_name, say=silent)
-        metrics, predictions, figures = infer_cpu.agreement(data, engine, reference, 200)
+        metrics, predictions, figures = agreement.compare(data, engine, 200)
         predictions = predictions.popitem()[1]
         assert data.kind == "span" or min(predictions.count(label) for label in set(predictions)) > 10    # it does vary
         assert figures["examples"] >= 200

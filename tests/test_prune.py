@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from formats.model_directory import load, save
-from model import InputError, ModelConfig, build, linears
 from formats.report import format_report
+from model import InputError, ModelConfig, build, linears
 from prune import (
     Pattern,
     Ramp,

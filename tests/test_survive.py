@@ -328,10 +328,11 @@ def test_a_dying_process_ends_the_run(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("message", [
     "Application timeout caused pair closure", "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer",
-    "[1] is setting up NCCL communicator and retrieving ncclUniqueId, but got: wait timeout", "Timed out waiting 1000ms"])
+    "[1] is setting up NCCL communicator and retrieving ncclUniqueId, but got: wait timeout", 
+    "Timed out waiting 1000ms"])
 def test_a_lost_process_is_told_in_a_sentence(message, monkeypatch):
     assert run.reason_of(RuntimeError(message)) is None                # of one process it is a fault of ours
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
     assert "another process" in run.reason_of(RuntimeError(message))
     assert run.reason_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 

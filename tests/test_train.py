@@ -243,12 +243,11 @@ def test_accumulation_trains_the_same_model(world, chain, tmp_path):
 def test_frozen_teacher_teaches_the_same(precision, chain):
     """Masked and cast once, it gives the bits of a model that does both in every step. Its word embeddings, which are
     the decoder's weights, are cast too."""
-    s = train.Settings(precision=precision)
     model, teacher = (model_directory.load(chain / DIRECTORIES["prune"], "pretraining").eval() for _ in range(2))
     assert prune.measured_sparsity(model) > 0.8
     for _, layer in network.linears(teacher):
         layer.weight.data[~layer.mask] = 7.0                    # latent weights, which no teacher shows
-    train.freeze(s, teacher)
+    network.freeze(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
     if precision == "bf16":
         model.encoder.word.weight.data = model.encoder.word.weight.data.bfloat16().float()
     batch = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.bool),

@@ -1,0 +1,42 @@
+"""The flags of infer_cpu.py, and which of them go together."""
+from data.tasks import TASKS
+from formats.command import Parser, positive_int, positive_ints
+from model import PRESETS
+
+
+def parse(arguments, description, engines):
+    """Command line -> settings. Exits with code 2 on an unknown flag or value. engines: what --engine may be."""
+    parser = Parser("infer_cpu.py", description=description)
+    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a directory that train.py wrote")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--text", action="append", help="a text to classify, or a question; may be given several times")
+    mode.add_argument("--evaluate", action="store_true", help="metrics on the task's dev set")
+    mode.add_argument("--benchmark", action="store_true", help="time every engine")
+    mode.add_argument("--size", action="store_true", help="count the bytes, layer kind by layer kind")
+    parser.add_argument("--engine", choices=engines, default="auto")
+    parser.add_argument("--threads", type=positive_int, help="default: torch's own choice")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--max-len", type=positive_int, help="tokens per row; default: as trained, or 128")
+    parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
+    parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
+    parser.add_argument("--task", choices=tuple(TASKS), help="with --evaluate; default: what the model was trained on")
+    parser.add_argument("--data", metavar="DIR", help="with --evaluate: the task folders; default: the tiny world")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="with --evaluate; test has no labels")
+    parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there, as GLUE's server "
+                        "and SQuAD's script take them")
+    parser.add_argument("--limit", type=positive_int, help="with --evaluate: only so many examples of a dev set")
+    parser.add_argument("--agreement", action="store_true", help="with --evaluate: compare with the fake-quant model")
+    parser.add_argument("--batch-size", type=positive_ints, default=[1, 16], help="with --benchmark: for example 1,16")
+    parser.add_argument("--random", choices=tuple(PRESETS), help="with --benchmark, --size: random weights")
+    parser.add_argument("--sparsity", type=float, help="with --random: share of zeros; default 0.85")
+    parser.add_argument("--pattern", default="unstructured", help="with --random: unstructured, 1x4, RxC or N:M")
+    settings = parser.parse_args(arguments)
+    if (settings.model is None) != bool(settings.random):
+        parser.error("give either MODEL_DIR or --random PRESET")
+    if settings.predictions and not settings.evaluate:
+        parser.error("--predictions goes with --evaluate")
+    if settings.split == "test" and not settings.predictions:
+        parser.error("--split test has no labels, so that there is nothing but predictions; give --predictions FOLDER")
+    if settings.random and not (settings.benchmark or settings.size):
+        parser.error("--random has random weights: it goes with --benchmark and --size only")
+    return settings
