@@ -5,9 +5,8 @@
     python infer_cpu.py MODEL_DIR --evaluate --agreement                              the task's metrics, on its dev set
     python infer_cpu.py MODEL_DIR --evaluate --predictions FOLDER                     and files for the official scripts
     python infer_cpu.py MODEL_DIR --benchmark --batch-size 1,16                       every engine side by side
-    python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   the same without training
     python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
-    python infer_cpu.py --size --random bert-large --sparsity 0.9                     the same without training
+    python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   without a trained model; --size too
 
 Every engine is the network of model.py with functions set into its slots: `Linear.kernel`, or for native
 `Encoder.kernel`. Attention, layer norms, softmax and GELU are float32 for all.
@@ -15,8 +14,7 @@ Every engine is the network of model.py with functions set into its slots: `Line
     fp32     dense float32 weights, zeros included
     int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
     sparse   only the weights that live, in integers too: the same numbers as int8
-    native   the same numbers again by native/, which a C++ compiler makes for this CPU on first use; padding is not
-             computed
+    native   the same numbers by native/, compiled for this CPU on first use; padding is not computed
     auto     the fastest of int8, sparse and (where there is a compiler) native for this model on this machine; fp32 for
              a model that is not quantized
 """
@@ -42,13 +40,8 @@ from formats import model_directory
 from formats.command import to_stderr
 from formats.config import compression_of, kind_of
 from formats.files import check_place, make_folder, write_file
-from formats.int8 import read_int8
-from formats.machine import (
-    keep_freed_memory,
-    medians_in_turn,
-    quantized_engine,
-    seconds,
-)
+from formats.int8 import read_int8, unpacked_bytes
+from formats.machine import keep_freed_memory, medians_in_turn, quantized_engine, seconds
 from model import InputError, linears
 from native.build import native_library
 from native.engine import take_over
@@ -263,9 +256,7 @@ def load_fp32(directory):
         layer.mask = None                       # not read any more
         layer.kernel = partial(F.linear, weight=layer.weight, bias=layer.bias)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    path = next(path for name in model_directory.WEIGHT_FILES if (path := directory / name).is_file())
-    disk = sum(file.stat().st_size for file in model_directory.weight_files(path))
-    return Engine(directory, "fp32", model, "dense float32", size, disk)
+    return Engine(directory, "fp32", model, "dense float32", size, model_directory.weight_bytes(directory))
 
 
 def load_integer(directory, name, say=print):
@@ -284,7 +275,7 @@ def load_integer(directory, name, say=print):
         largest = max((packed[key] for key in kinds if kinds[key] == kind), key=lambda layer: math.prod(layer.shape))
         chosen[kind], note = fastest(DENSE_KERNELS if kind == "dense" else SPARSE_KERNELS, largest)
         notes.append(f"{list(kinds.values()).count(kind)} {kind} layers by {note}")
-    size = plain_bytes(model)
+    size = unpacked_bytes(model)
     for layer_name, layer in linears(model):
         layer.kernel, layer_bytes = chosen[kinds[layer_name]](packed[layer_name])
         size += layer_bytes
@@ -293,15 +284,9 @@ def load_integer(directory, name, say=print):
 
 def native_engine(directory, model, packed, library):
     """Engine native of what read_int8 returns. InputError if the model has sizes that it does not take."""
-    size = plain_bytes(model)
     layout, native_bytes = take_over(model, packed, library)
-    return Engine(directory, "native", model, layout, size + native_bytes,
+    return Engine(directory, "native", model, layout, unpacked_bytes(model) + native_bytes,
                   (directory / "int8.safetensors").stat().st_size)
-
-
-def plain_bytes(model):
-    """Of what is not packed: embeddings, norms, biases."""
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
 
 
 def load_auto(directory, say=print):
@@ -395,19 +380,14 @@ def run(settings):
         return run_text(settings)
     if settings.evaluate:
         return run_evaluate(settings)
-    if settings.size:
-        from bench.size import run_size
-        return run_size(settings)
-    from bench.benchmark import run_benchmark
-    return run_benchmark(settings)
+    from bench import benchmark, size
+    return size.run_size(settings) if settings.size else benchmark.run_benchmark(settings)
 
 
 def main(arguments=None):
     settings = parse(arguments, __doc__, ("auto", *ENGINES))
     try:
         check_place("--json", settings.json)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         report = run(settings)
         if settings.json:
             write_file(settings.json, json.dumps(report, indent=1))

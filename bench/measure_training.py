@@ -131,12 +131,7 @@ def fine_tune_ours(precision, steps, folder, directory):
 
 def fine_tune_theirs(precision, steps, folder, directory):
     """Seconds per step of Trainer, on the rows that ours reads."""
-    from transformers import (
-        BertForSequenceClassification,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
     data = tasks.TaskData("sst2", folder, text.load_tokenizer(directory), 128, splits=("train",))
     rows = [{"input_ids": torch.from_numpy(row["input_ids"]).long(), "labels": row["label"]}
             for row in data._split_rows("train")]

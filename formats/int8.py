@@ -257,3 +257,8 @@ def read_layer(tensors, stem, shape, bits, path):
         raise InputError(f"{path}: '{stem[:-1]}' has a scale that is not positive, or a zero point, "
                          f"{int(zero_point)}, that is not in 0 to {2 ** bits - 1}")
     return PackedLinear(shape, values, mask_bits, weight_scale, bias, scale, zero_point, bits)
+
+
+def unpacked_bytes(model):
+    """Bytes in memory of what read_int8 leaves in the model itself: embeddings, norms, biases."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)

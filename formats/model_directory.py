@@ -232,3 +232,9 @@ def weight_files(path):
     """One of WEIGHT_FILES -> [it], or an index and all the files that it lists."""
     listed = read_json(path)["weight_map"].values() if path.suffix == ".json" else ()
     return [path, *(path.with_name(name) for name in sorted(set(listed)))]
+
+
+def weight_bytes(directory):
+    """Bytes of the files that read_tensors reads, an index included."""
+    path = next(path for name in WEIGHT_FILES if (path := Path(directory) / name).is_file())
+    return sum(file.stat().st_size for file in weight_files(path))

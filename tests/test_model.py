@@ -8,18 +8,8 @@ import torch.nn.functional as F
 import transformers
 
 from formats.model_directory import load
-from model import (
-    PRESETS,
-    Encoder,
-    InputError,
-    Layer,
-    Linear,
-    ModelConfig,
-    build,
-    count_parameters,
-    linears,
-    set_dropout,
-)
+from model import (PRESETS, Encoder, InputError, Layer, Linear, ModelConfig, build, count_parameters, linears,
+                   set_dropout)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -9,26 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_model import (
-    CONFIGS,
-    assert_same,
-    error_of,
-    every_published_class,
-    make,
-    make_batch,
-    make_published,
-    our_outputs,
-    their_outputs,
-)
+from test_model import (CONFIGS, assert_same, error_of, every_published_class, make, make_batch, make_published,
+                        our_outputs, their_outputs)
 
 from formats import names
 from formats.config import read_config
 from formats.model_directory import load, save
 from formats.safetensors import read_safetensors, write_safetensors
-from model import (
-    PRESETS,
-    linears,
-)
+from model import PRESETS, linears
 from quant import pack_bits, unpack_bits
 
 # ---------------------------------------------------------------------------------------------------------------------

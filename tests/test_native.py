@@ -367,7 +367,7 @@ def test_auto_does_not_need_the_engines_of_torch(model_directory, monkeypatch):
     monkeypatch.setattr(infer_cpu, "fastest", fastest)
     said = []
     assert infer_cpu.load(model_directory, "auto", say=said.append).name == "native"
-    assert said[0].startswith("engine native: ") and said[0].endswith("torch has no exact INT8 product for this machine")
+    assert len(said) == 1 and said[0].startswith("engine native: ") and "torch has no exact INT8 product" in said[0]
 
 
 # ---------------------------------------------------------------- threads and memory

@@ -12,23 +12,9 @@ import torch
 from formats.model_directory import load, save
 from formats.report import format_report
 from model import InputError, ModelConfig, build, linears
-from prune import (
-    Pattern,
-    Ramp,
-    burn_in,
-    check_pattern,
-    learning_rate_factor,
-    lock,
-    magnitude_mask,
-    measured_sparsity,
-    parse_pattern,
-    prunable,
-    report,
-    resolve_sparsity,
-    sparsity_at,
-    update_masks,
-    updates_at,
-)
+from prune import (Pattern, Ramp, burn_in, check_pattern, learning_rate_factor, lock, magnitude_mask,
+                   measured_sparsity, parse_pattern, prunable, report, resolve_sparsity, sparsity_at, update_masks,
+                   updates_at)
 
 REFERENCE_RUN = Ramp(0.9, 0, 50_000, 80_000, 1000)           # of the 100,000 steps of the paper's MLM run
 

@@ -8,16 +8,8 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from test_model import (
-    assert_same,
-    error_of,
-    every_published_class,
-    make,
-    make_batch,
-    make_published,
-    our_outputs,
-    their_outputs,
-)
+from test_model import (assert_same, error_of, every_published_class, make, make_batch, make_published, our_outputs,
+                        their_outputs)
 
 import prune
 import train
@@ -26,13 +18,7 @@ from formats.hub import fetch, locate
 from formats.model_directory import load, save
 from formats.names import published_name
 from model import PRESETS, build
-from prune import (
-    Pattern,
-    find_pattern,
-    lock,
-    magnitude_mask,
-    prunable,
-)
+from prune import Pattern, find_pattern, lock, magnitude_mask, prunable
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -1,11 +1,7 @@
 """The recipes of the published models: their numbers, their precedence, what they cost."""
 
 import pytest
-from test_model import (
-    CONFIGS,
-    error_of,
-    make,
-)
+from test_model import CONFIGS, error_of, make
 
 import prune
 import train
@@ -13,9 +9,7 @@ from bench import recipe_costs
 from data import recipes
 from formats.model_directory import save
 from model import PRESETS, build, linears
-from prune import (
-    measured_sparsity,
-)
+from prune import measured_sparsity
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes

@@ -13,9 +13,7 @@ from test_model import error_of, make
 from formats.files import write_file
 from formats.model_directory import load, save
 from formats.safetensors import DTYPES, read_safetensors, write_safetensors
-from model import (
-    InputError,
-)
+from model import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # safetensors

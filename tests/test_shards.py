@@ -18,15 +18,7 @@ import torch
 import train
 from data import DataError, shards
 from data.corpus import Documents, read_documents
-from data.text import (
-    CUTS,
-    SPECIAL_TOKENS,
-    PretrainingData,
-    Shard,
-    bert_tokenizer,
-    save_tokenizer,
-    tokenize,
-)
+from data.text import CUTS, SPECIAL_TOKENS, PretrainingData, Shard, bert_tokenizer, save_tokenizer, tokenize
 
 ROOT = Path(train.__file__).resolve().parent
 WORDS = "apple bread chair dream eagle forest garden honey island jungle".split()

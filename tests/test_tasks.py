@@ -12,18 +12,9 @@ import torch
 from test_text import CLS, PAD, SEP, WORDS, message, same_rows, tokenizer  # noqa: F401, F811
 
 from data import tasks as tasks_module
-from data.metrics import (
-    accuracy,
-    answer_f1,
-    best_span,
-    binary_f1,
-    normalize_answer,
-    squad_scores,
-)
+from data.metrics import accuracy, answer_f1, best_span, binary_f1, normalize_answer, squad_scores
 from data.tasks import TASKS, TaskData, read_table
-from data.text import (
-    save_tokenizer,
-)
+from data.text import save_tokenizer
 
 # ---------------------------------------------------------------- task files
 

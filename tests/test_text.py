@@ -11,16 +11,8 @@ import torch
 from data import DataError
 from data import text as text_module
 from data.corpus import read_documents
-from data.text import (
-    IGNORED,
-    SPECIAL_TOKENS,
-    PretrainingData,
-    fit_pair,
-    load_tokenizer,
-    save_tokenizer,
-    split_sentences,
-    train_tokenizer,
-)
+from data.text import (IGNORED, SPECIAL_TOKENS, PretrainingData, fit_pair, load_tokenizer, save_tokenizer,
+                       split_sentences, train_tokenizer)
 
 WORDS = "apple bread chair dream eagle forest garden honey island jungle kitten lemon monkey needle orange".split()
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
