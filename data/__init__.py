@@ -7,6 +7,11 @@
     metrics.py  accuracy, F1, SQuAD exact match and F1, the best answer span
     tiny.py     a small invented world: text and all five tasks, so that everything runs without a download
     download.py the published task files and Wikipedia's dump, fetched, verified and unpacked for the readers
+    batches.py  a step's rows, shared among processes, made while the step before it computes
+    encode.py   what a person types, or a task's files, as batches for the model in a directory
+    recipes.py  hyper-parameters, with the source of each number
+    settings.py what the settings of train.py lead to, and which of them cannot be
+    flags.py    the flags of infer_cpu.py
 
 One rule holds for every batch: row r of step s is a pure function of (seed, s, r). One process with 16 rows, four
 micro-batches of 4, and two machines with 8 each therefore train on the same rows, and a run resumed at step s goes on
