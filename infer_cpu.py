@@ -6,7 +6,7 @@
     python infer_cpu.py MODEL_DIR --evaluate --predictions FOLDER                     and files for the official scripts
     python infer_cpu.py MODEL_DIR --benchmark --batch-size 1,16                       every engine side by side
     python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
-    python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   without a trained model; --size too
+    python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   without training; --size too
 
 Every engine is the network of model.py with functions set into its slots: `Linear.kernel`, or for native
 `Encoder.kernel`. Attention, layer norms, softmax and GELU are float32 for all.
@@ -353,7 +353,7 @@ def run_text(settings):
 
 def run_evaluate(settings):
     kind, *_ = kind_of(settings.model)
-    task, data = evaluation_data(settings, kind, Path(__file__).resolve().parent / "data" / "tiny")
+    task, data = evaluation_data(settings, kind)
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     classes = engine.model.classifier.out_features if kind == "classification" else len(data.labels)
     if classes != len(data.labels):

@@ -13,6 +13,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -188,12 +189,10 @@ def directory_of(s, row):
 
 def command_of(s, row):
     """What to type for a row of STAGES."""
-    zeros = f" --pattern {s.pattern} --sparsity {s.sparsity:g}" if s.sparsity else ""
-    if row == STAGES["teacher"]:
-        zeros = " --sparsity 0"
-    elif row.mask == "dense":
-        zeros = ""
     task = f" --task {s.task}" if row.data == "task" else ""
+    zeros = f" --pattern {s.pattern} --sparsity {s.sparsity:g}"
+    if row.mask == "dense":
+        zeros = " --sparsity 0" if task else ""
     return (f"python train.py --stage {row.stage}{task}{zeros} " + (f"--recipe {s.recipe} " if s.recipe else "")
             + f"--preset {s.preset} --out {s.out}")
 
@@ -378,6 +377,7 @@ def train(s, model, teacher, data, inputs, log, out, state):
                           {**figures, "learning_rate": rate, "sparsity": sparsity, "gradient_norm": norm})
             if (progress.save_is_due() or stop) and log.directory:
                 run.save_checkpoint(out, asdict(s), inputs, model, optimizer, step + 1, progress.seconds())
+                progress.note_save()
             if stop:
                 progress.bar.close()
                 log.say(f"stopped after step {step + 1} of {s.steps}; go on with the same command and --resume")
@@ -491,12 +491,23 @@ def run_all(typed):
     lines = []
     for chain in chains:
         task, directories = chain[-1].task, [run_stage(s) for s in chain]
-        engine = run.engine_report(HERE / "infer_cpu.py", chain[-1], directories[-1])
+        engine = engine_report(chain[-1], directories[-1])
         lines.append(table_line(task, tasks.TASKS[task].metric, *directories, engine))
     table = "\n".join([TABLE_HEAD, *lines, f"{time.monotonic() - started:,.0f} s in all, {base.threads} threads, "
                        f"seed {base.seed}, {processor_name()}, torch {torch.__version__}"])
     print("\n" + table)
     write_file(Path(base.out) / "table.txt", table + "\n")
+
+
+def engine_report(s, directory):
+    """A task's metrics through the real INT8 engine, infer_cpu.py: what a person would type, in its own process."""
+    report = directory / "infer.json"
+    command = [sys.executable, str(HERE / "infer_cpu.py"), str(directory), "--engine", "auto", "--evaluate", "--task",
+               s.task, "--threads", str(s.threads), "--agreement", "--json", str(report)] + (
+                   ["--data", s.data] if s.data else [])
+    if subprocess.run(command).returncode:
+        raise InputError(f"the INT8 engine could not evaluate {directory}; its message stands above")
+    return json.loads(report.read_text())
 
 
 def start(typed):

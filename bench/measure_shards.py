@@ -92,7 +92,7 @@ def main():
     measured = {"bare": [], "prepared": [], "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         path, model = Path(folder) / "text.txt", Path(folder) / "model"
-        source = arguments.text or tiny.ensure(ROOT / "data" / "tiny") / "corpus.txt"
+        source = arguments.text or tiny.ensure() / "corpus.txt"
         write_text(source, path, arguments.megabytes << 20)
         text.save_tokenizer(text.train_tokenizer(shards.Documents(path, 2 << 20), arguments.vocab_size), model)
         for _ in range(arguments.rounds):           # in turn, so that a busy minute hits them all

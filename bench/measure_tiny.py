@@ -54,7 +54,7 @@ def measure_seed(seed, out, sparsity):
     base = ["--seed", str(seed), "--out", str(out), "--resume"]
     # what the quick start does, with the same files as its result
     run("train.py", "--stage", "all", "--sparsity", str(sparsity), *base)
-    folder, suffix = tiny.ensure(ROOT / "data" / "tiny"), f"unstructured-{sparsity:g}"
+    folder, suffix = tiny.ensure(), f"unstructured-{sparsity:g}"
     results = {column: {} for column in COLUMNS}
     for task in TASKS:
         one = ["--stage", "finetune", "--task", task, *base]

@@ -14,6 +14,7 @@ import torch
 
 import distill
 import train
+from data import DataError
 from formats.processes import processes
 from model import InputError
 
@@ -72,18 +73,32 @@ def estimate_memory(s, model, teacher):
                                             else max(weights, forward))))
 
 
+def stage_of(arguments):
+    """Flags of train.py -> Settings. InputError unless they name one training stage."""
+    typed = train.parse_settings(arguments)
+    if typed.get("stage", "all") in ("all", "evaluate"):
+        raise InputError("it takes one training stage; name it with --stage")
+    return train.resolve(typed)
+
+
+def build_stage(s):
+    """(model, teacher or None, data) as the stage has them before its first step."""
+    init, teacher_directory = train.parents_of(s)
+    torch.manual_seed(s.seed)
+    model, _, data = train.build_model_and_data(s, init, lambda line: None)
+    teacher = train.load_teacher(s, teacher_directory, model, data, lambda line: None)
+    train.prepare_layers(s, model)
+    return model.to(s.device), teacher, data
+
+
 def main(arguments=None):
     try:
-        s = train.resolve(train.parse_settings(arguments))
-        init, teacher_directory = train.parents_of(s)
-        model, _, data = train.build_model_and_data(s, init, lambda line: None)
-        teacher = train.load_teacher(s, teacher_directory, model, data, lambda line: None)
-        train.prepare_layers(s, model)
-        memory = estimate_memory(s, model.to(s.device), teacher)
-    except InputError as error:
+        s = stage_of(arguments)
+        model, teacher, _ = build_stage(s)
+    except (InputError, DataError) as error:
         print(f"bench.memory: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"about {memory / 1e9:.2f} GB at its peak, with rows of {s.max_len} tokens"
+    print(f"about {estimate_memory(s, model, teacher) / 1e9:.2f} GB at its peak, with rows of {s.max_len} tokens"
           + "; shorter ones take less" * (model.kind != "pretraining"))
 
 

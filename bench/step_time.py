@@ -14,6 +14,8 @@ from torch.profiler import profile, record_function
 
 import prune
 import train
+from bench.memory import build_stage, stage_of
+from data import DataError
 from formats.run import Log
 from model import InputError
 
@@ -34,18 +36,14 @@ def timed(name, function):
 def measure(s):
     """Run a few steps of a stage and print where a step's time goes, and how fast its matrix products are next to the
     fastest that this machine can do."""
-    init, teacher_directory = train.parents_of(s)
     torch.set_num_threads(s.threads)
-    torch.manual_seed(s.seed)
-    model, _, data = train.build_model_and_data(s, init, lambda line: None)
-    teacher = train.load_teacher(s, teacher_directory, model, data, lambda line: None)
-    train.prepare_layers(s, model)
+    model, teacher, data = build_stage(s)
     model.forward = timed("student", model.forward)
     if teacher:
         teacher.forward = timed("teacher", teacher.forward)
     # One mask update falls into the steps; a real run has one in every --update-every of its steps.
     s = replace(s, steps=STEPS, epochs=None, ramp_end=0.4, update_every=0.5)
-    train.train(s, model.to(s.device), teacher, data, {}, Log(None), None, None)           # to warm up
+    train.train(s, model, teacher, data, {}, Log(None), None, None)           # to warm up
     with (patch.object(Future, "result", timed("waiting for data", Future.result)),
           patch.object(torch.Tensor, "backward", timed("backward", torch.Tensor.backward)),
           patch.object(torch.nn.utils, "clip_grad_norm_", timed("gradient norm", torch.nn.utils.clip_grad_norm_)),
@@ -84,11 +82,8 @@ def fastest_product(s, rows=2048, inner=1024, columns=4096):
 
 def main(arguments=None):
     try:
-        typed = train.parse_settings(arguments)
-        if typed.get("stage", "all") in ("all", "evaluate"):
-            raise InputError("it takes one training stage; name it with --stage")
-        measure(train.resolve(typed))
-    except InputError as error:
+        measure(stage_of(arguments))
+    except (InputError, DataError) as error:
         print(f"bench.step_time: {error}", file=sys.stderr)
         sys.exit(2)
 

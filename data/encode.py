@@ -54,7 +54,7 @@ def random_batch(config, batch_size, length):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
-def evaluation_data(settings, kind, tiny_folder):
+def evaluation_data(settings, kind):
     """(task, its TaskData) for --evaluate of a model of this kind. InputError if the two do not go together."""
     task = settings.task or compression_of(settings.model).get("task")
     if task not in TASKS:
@@ -62,7 +62,7 @@ def evaluation_data(settings, kind, tiny_folder):
                          f"{', '.join(TASKS)}")
     if TASKS[task].kind != kind:
         raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {settings.model} is a {kind} model")
-    folder = settings.data or tiny.ensure(tiny_folder)
+    folder = settings.data or tiny.ensure()
     return task, encoder_for(settings.model, kind, settings.max_len, task, folder, settings.split)
 
 

@@ -1,5 +1,4 @@
-"""What the settings of train.py lead to, and which of them cannot be. `s` is a train.Settings throughout.
-"""
+"""What the settings of train.py lead to, and which of them cannot be. `s` is a train.Settings throughout."""
 import contextlib
 import math
 from pathlib import Path
@@ -17,7 +16,6 @@ from formats.names import published_name
 from model import InputError
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
-TINY = Path(__file__).resolve().parent / "tiny"
 
 
 def preset_for(s):
@@ -141,11 +139,11 @@ def files_of(s, init, teacher):
 
 def data_folder(s):
     """Folder of the task files, made first if it is the tiny world."""
-    return Path(s.data) if s.data else tiny.ensure(TINY)
+    return Path(s.data) if s.data else tiny.ensure()
 
 
 def corpus_path(s):
-    return tiny.ensure(TINY) / "corpus.txt" if s.corpus == "tiny" else Path(s.corpus)
+    return tiny.ensure() / "corpus.txt" if s.corpus == "tiny" else Path(s.corpus)
 
 
 def pretraining_data(s, tokenizer, length, config):

@@ -23,6 +23,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+HOME = Path(__file__).resolve().parent / "tiny"      # where the bundled one is written, on first use
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The words
 
@@ -285,7 +287,7 @@ def write(folder, seed=0, rounds=150, train=4000, dev=900):
     write_tasks(folder, random.Random(f"tasks {seed}"), train, dev)
 
 
-def ensure(folder, seed=0):
+def ensure(folder=HOME, seed=0):
     """`folder`, written first if it is not there. It appears whole or not at all, also when two processes want it."""
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,5 @@
-"""The machine that a run or a measurement has: its name, its cores, what it multiplies fast."""
+"""The machine that a run or a measurement has: its name, its cores, what it multiplies fast, timing on it; and the one
+global switch of torch's quantized operators."""
 import contextlib
 import ctypes
 import os

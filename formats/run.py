@@ -44,7 +44,7 @@ class Log:
     """
 
     def __init__(self, directory, begin_step=0):
-        self.directory, self.header, self.every = directory, False, LOG_EVERY
+        self.directory, self.header = directory, False
         if not directory:
             return
         self.table = directory / "log.csv"
@@ -101,7 +101,7 @@ class Progress:
     def show(self, done, tokens, figures):
         """After each step. done: steps; tokens: of this step; figures: what a row of log.csv holds of it."""
         self.tokens += tokens
-        if done % self.log.every == 0 or done == self.steps:
+        if done % LOG_EVERY == 0 or done == self.steps:
             now = time.monotonic()
             speed, self.tokens, self.window = self.tokens / (now - self.window), 0, now
             self.log.row({"step": done, **figures, "tokens_per_second": speed, "seconds": self.seconds()})
@@ -110,11 +110,11 @@ class Progress:
         self.bar.update()
 
     def save_is_due(self):
-        """Is it time for a checkpoint? True starts the wait for the next one."""
-        due = time.monotonic() - self.saved > SAVE_SECONDS
-        if due:
-            self.saved = time.monotonic()
-        return due
+        return time.monotonic() - self.saved > SAVE_SECONDS
+
+    def note_save(self):
+        """After a checkpoint is written: a slow disk does not shorten the time to the next one."""
+        self.saved = time.monotonic()
 
 
 def describe_run(settings, init, teacher, inputs, root):
@@ -151,17 +151,6 @@ def fingerprint(paths):
             file.seek(max(file.tell(), size - FINGERPRINT_BYTES))
             digest.update(file.read(FINGERPRINT_BYTES))
     return digest.hexdigest()[:16]
-
-
-def engine_report(program, s, directory):
-    """A task's metrics through the real INT8 engine, infer_cpu.py: what a person would type, in its own process."""
-    report = directory / "infer.json"
-    command = [sys.executable, str(program), str(directory), "--engine", "auto", "--evaluate", "--task",
-               s.task, "--threads", str(s.threads), "--agreement", "--json", str(report)] + (
-                   ["--data", s.data] if s.data else [])
-    if subprocess.run(command).returncode:
-        raise InputError(f"the INT8 engine could not evaluate {directory}; its message stands above")
-    return json.loads(report.read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

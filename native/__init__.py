@@ -4,6 +4,6 @@
     products.h      a layer's weights, and its product in three forms
     encoder.cpp     embeddings, layer norm, attention, and the encoder made of them; the C interface
     weights.py      a quant.PackedLinear laid out as products.h reads it; one product
-    build.py        how it is compiled, cached, opened and checked against PyTorch
     engine.py       a whole encoder as a function: the slot model.Encoder.kernel
+    build.py        how the C++ is compiled, cached, opened and checked against PyTorch
 """

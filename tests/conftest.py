@@ -28,7 +28,7 @@ SHORT = ["--preset", "tiny", "--batch-size", "8", "--max-len", "48", "--threads"
 def make_world(folder):
     """A slice of the tiny world: 60 documents, 64 training and 32 dev rows of a task."""
     folder.mkdir(exist_ok=True)
-    whole = tiny.ensure(ROOT / "data" / "tiny")
+    whole = tiny.ensure()
     documents = (whole / "corpus.txt").read_text().split("\n\n")[:60]
     (folder / "corpus.txt").write_text("\n\n".join(documents))
     for task, files in {"SST-2": {"train.tsv": 64, "dev.tsv": 32}, "QNLI": {"train.tsv": 64, "dev.tsv": 32}}.items():

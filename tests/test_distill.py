@@ -217,7 +217,7 @@ def direct_loss(student, teacher, batch, temperature, kd_weight, kd_positions):
     return (1 - kd_weight) * hard + kd_weight * (soft(logits[where], taught[where]) + soft(sentence, taught_sentence))
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 4, 7, 1000])
+@pytest.mark.parametrize("rows_per_chunk", [4, 1000])         # other sizes: test_chunks_equal_the_whole
 @pytest.mark.parametrize("kd_positions", ["all", "masked"])
 def test_gradients_equal_plain_autograd(kd_positions, rows_per_chunk, monkeypatch):
     """Of every parameter; the word embeddings are input table and decoder at once."""

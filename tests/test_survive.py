@@ -79,6 +79,27 @@ def test_log_of_a_resumed_run(tmp_path):
         assert table.read_text().splitlines() == after
 
 
+def test_the_wait_for_a_checkpoint_begins_when_the_last_is_written(world, tmp_path, monkeypatch):
+    """A disk that takes ten minutes for each: a checkpoint every five minutes of training, not one after every step."""
+    clock, save, steps = [0.0], run.save_checkpoint, []
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    update = train.prune.learning_rate_factor
+
+    def step_of_a_minute(*arguments):
+        clock[0] += 60
+        return update(*arguments)
+
+    def slow(directory, settings, inputs, model, optimizer, step, seconds):
+        clock[0] += 600
+        steps.append(step)
+        save(directory, settings, inputs, model, optimizer, step, seconds)
+
+    monkeypatch.setattr(train.prune, "learning_rate_factor", step_of_a_minute)
+    monkeypatch.setattr(run, "save_checkpoint", slow)
+    train.main([*commands(world, tmp_path, steps=13)["pretrain"]])
+    assert steps == [6, 12]
+
+
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A checkpoint with one bit changed is refused, or (where the bit means nothing) read as it was."""
     settings, model = train.asdict(train.Settings()), torch.nn.Linear(40, 30)

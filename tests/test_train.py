@@ -259,13 +259,6 @@ def test_frozen_teacher_teaches_the_same(precision, chain):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_dropout_setting_reaches_every_module():
-    model = network.build(network.PRESETS["tiny"], "classification")
-    network.set_dropout(model, 0.37)
-    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.37}
-    assert {layer.attention_dropout for layer in model.encoder.layers} == {0.37}
-
-
 def test_optimizer_decays_matrices_only():
     model = network.build(network.PRESETS["tiny"], "pretraining")
     optimizer = train.make_optimizer(train.Settings(weight_decay=0.25), model)
