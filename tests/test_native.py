@@ -170,6 +170,24 @@ def test_it_is_compiled_once_and_found_again(tmp_path, monkeypatch):
         build.native_library(8, pytest.fail)
 
 
+@pytest.mark.parametrize("edited", build.SOURCES)
+def test_an_edit_of_any_source_compiles_anew(edited, library, tmp_path, monkeypatch):
+    for name in build.SOURCES:
+        (tmp_path / name).write_text((ROOT / "native" / name).read_text() + "// edited\n" * (name == edited))
+    monkeypatch.setattr(build, "HOME", tmp_path)
+    monkeypatch.setattr(build, "compile_native", lambda *_: pytest.fail("compiled again"))
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        build.native_library(8, pytest.fail)
+
+
+def test_every_source_is_named():
+    """What is compiled includes no file of ours that the library's name does not cover."""
+    included = {line.split('"')[1] for name in build.SOURCES
+                for line in (ROOT / "native" / name).read_text().splitlines() if line.startswith('#include "')}
+    assert included | {build.SOURCES[-1]} == set(build.SOURCES) == {
+        path.name for path in (ROOT / "native").iterdir() if path.suffix in (".h", ".cpp")}
+
+
 def test_without_a_cache_it_says_so_and_works(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
