@@ -32,8 +32,7 @@ import torch.nn.functional as F
 
 import quant
 from data import DataError
-from data.encode import (check_texts, encoder_for, evaluation_data, label_names, random_batch,
-                         write_predictions)
+from data.encode import check_texts, encoder_for, evaluation_data, label_names, random_batch, write_predictions
 from data.flags import parse
 from data.metrics import best_span
 from formats import model_directory

@@ -66,7 +66,7 @@ class Linear(nn.Linear):
     act_range   float (2,), running minimum and maximum of the input; written only by quant.py.
     fake_quant  None, or a function (x, weight, layer) -> (x, weight) that rounds both; set only by quant.py.
     prunable    False for heads: the layer says what may be pruned, never a pattern over names.
-    kernel      None, or a function x -> y that replaces the product at inference; set only by infer_cpu.py.
+    kernel      None, or a function x -> y that replaces the product at inference; set by infer_cpu.py and native/.
 
     Input (..., in), output (..., out), both of the weight's dtype (or autocast's).
     """
@@ -126,16 +126,16 @@ class Layer(nn.Module):
             query, key, value = query.float(), key.float(), value.float()
         with torch.autocast(x.device.type, enabled=x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)):
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
-                                                     dropout_p=self.attention_dropout if self.training else 0.0)
-        context = context.transpose(1, 2).reshape(B, T, H)
-        x = self.attention_norm(x + self.attention_output_dropout(self.attention_output(context)))
-        return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
+                                                     dropout_p=self.attention_dropout if self.training else 0.0)    # (B, A, T, D)
+        context = context.transpose(1, 2).reshape(B, T, H)                                      # (B, T, H)
+        x = self.attention_norm(x + self.attention_output_dropout(self.attention_output(context)))  # (B, T, H)
+        return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))    # (B, T, H)
 
 
 class Encoder(nn.Module):
     """Embeddings, layers and, where the model has one, the pooler.
 
-    kernel      None, or a function that replaces `forward` at inference; set only by infer_cpu.py.
+    kernel      None, or a function that replaces `forward` at inference; set only by native/.
     """
 
     def __init__(self, config, pooler=True):
@@ -159,18 +159,18 @@ class Encoder(nn.Module):
                              f"{self.config.max_position_embeddings} or less")
         if self.kernel is not None:
             return self.kernel(input_ids, attention_mask, token_type_ids)
-        x = self.word(input_ids) + self.position.weight[:length]
+        x = self.word(input_ids) + self.position.weight[:length]                                # (B, T, H) + (T, H)
         if self.token_type is not None:
-            x = x + self.token_type(token_type_ids)
+            x = x + self.token_type(token_type_ids)                                             # (B, T, H)
         x = self.dropout(self.norm(x))
-        mask = attention_mask.bool()[:, None, None, :]
+        mask = attention_mask.bool()[:, None, None, :]                                          # (B, 1, 1, T)
         for layer in self.layers:
-            x = layer(x, mask)                                                          # (B, T, H)
+            x = layer(x, mask)                                                                  # (B, T, H)
         return x
 
     def pooled(self, hidden):
         """The first token through the pooler's tanh layer: (B, T, H) -> (B, H)."""
-        return torch.tanh(self.pooler(hidden[:, 0]))
+        return torch.tanh(self.pooler(hidden[:, 0]))                                            # (B, H)
 
 
 class PretrainingModel(nn.Module):
@@ -193,11 +193,11 @@ class PretrainingModel(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids, positions):
         """positions: bool (B, T), the N places where predictions are wanted."""
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids)
-        features = self.transform_norm(F.gelu(self.transform(hidden[positions])))
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids)                        # (B, T, H)
+        features = self.transform_norm(F.gelu(self.transform(hidden[positions])))               # (N, H)
         if self.next_sentence is None:
             return features, None
-        return features, self.next_sentence(self.encoder.pooled(hidden))
+        return features, self.next_sentence(self.encoder.pooled(hidden))                        # (N, H), (B, 2)
 
     def vocabulary(self):
         """(weight (V, H), bias (V,)) of the tied decoder."""
@@ -218,12 +218,12 @@ class ClassificationModel(nn.Module):
         self.classifier = Linear(config.hidden_size, num_labels, prunable=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids)
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids)                        # (B, T, H)
         if self.pre_classifier is None:
-            summary = self.encoder.pooled(hidden)
+            summary = self.encoder.pooled(hidden)                                               # (B, H)
         else:
-            summary = F.relu(self.pre_classifier(hidden[:, 0]))
-        return self.classifier(self.dropout(summary))
+            summary = F.relu(self.pre_classifier(hidden[:, 0]))                                 # (B, H)
+        return self.classifier(self.dropout(summary))                                           # (B, C)
 
 
 class SpanModel(nn.Module):
@@ -238,8 +238,8 @@ class SpanModel(nn.Module):
         self.span = Linear(config.hidden_size, 2, prunable=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        logits = self.span(self.dropout(self.encoder(input_ids, attention_mask, token_type_ids)))
-        return logits[..., 0], logits[..., 1]
+        logits = self.span(self.dropout(self.encoder(input_ids, attention_mask, token_type_ids)))  # (B, T, 2)
+        return logits[..., 0], logits[..., 1]                                                   # (B, T) each
 
 
 def build(config, kind, num_labels=2):
