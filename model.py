@@ -126,8 +126,8 @@ class Layer(nn.Module):
             query, key, value = query.float(), key.float(), value.float()
         with torch.autocast(x.device.type, enabled=x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)):
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
-                                                     dropout_p=self.attention_dropout if self.training else 0.0)    # (B, A, T, D)
-        context = context.transpose(1, 2).reshape(B, T, H)                                      # (B, T, H)
+                                                     dropout_p=self.attention_dropout if self.training else 0.0)
+        context = context.transpose(1, 2).reshape(B, T, H)                                      # from (B, A, T, D)
         x = self.attention_norm(x + self.attention_output_dropout(self.attention_output(context)))  # (B, T, H)
         return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))    # (B, T, H)
 
