@@ -227,6 +227,7 @@ def run_stage(s):
     init, teacher_directory = parents_of(s)
     out = directory_of(s, row_of(s))
     if run.demand_free(out, s.resume):
+        run.clear_checkpoints(out)                        # a process killed at its very end leaves them
         print(f"{out}: already finished, kept as it is")
         return out
     join_processes(s.batch_size, s.device)
@@ -423,8 +424,7 @@ def finish_stage(s, model, tokenizer, data, log, seconds):
               "training_seconds": seconds}
     log.say(format_metrics(metrics) + f", sparsity {sparsity:.4%}, {seconds:,.0f} s of training; wrote {out}")
     write_file(out / "metrics.json", json.dumps(result, indent=1))
-    for path in run.checkpoints(out):
-        path.unlink()
+    run.clear_checkpoints(out)
 
 
 @torch.no_grad()

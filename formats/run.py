@@ -161,6 +161,12 @@ def checkpoints(directory):
     return sorted(directory.glob("train-[0-9]*.pt"), reverse=True)
 
 
+def clear_checkpoints(directory):
+    """Remove them all, once the stage is finished."""
+    for path in checkpoints(directory):
+        path.unlink()
+
+
 def demand_free(directory, resume):
     """InputError if the directory holds a run, finished or not, that this one would overwrite. True if it holds a
     finished one to be kept."""

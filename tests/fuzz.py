@@ -6,6 +6,7 @@ an InputError, a DataError or exit code 2; within a minute and 2 GB, and without
 """
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -224,7 +225,7 @@ def read_command(folder, chain, world, generator):
     """Flags of train.py with good and bad values, as far as the settings go; a missing file is the usual end."""
     whole = list(generator.choice(list(commands(world, folder / "out").values())))
     arguments = generator.choice([whole, ["--out", str(folder / "out")]])
-    flags = ["--" + field.name.replace("_", "-") for field in train.fields(train.Settings)]
+    flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Settings)]
     for _ in range(generator.randint(1, 5)):
         name = generator.choice(flags + ["--sparsty", "-x", "--", "", "\ud800", "--lr=", "--Stage"])
         choices = train.CHOICES.get(name.lstrip("-").replace("-", "_"), ())
@@ -232,11 +233,13 @@ def read_command(folder, chain, world, generator):
                                       "a/b", str(chain / "pretrain"), str(world), "--lr", "²", "1_0", "0x10", " 3 "]))
         arguments[len(arguments):] = [name] if generator.random() < 0.15 else [name, value]
     typed = train.parse_settings(arguments)
+    if typed.get("recipe") == "help":                     # a table, and nothing to resolve
+        return
     settings = train.resolve(typed)
     if settings.stage not in ("all", "evaluate"):
         init, teacher = train.parents_of(settings)
-        train.directory_of(settings)
-        train.build_model_and_data(settings, init)
+        train.directory_of(settings, train.row_of(settings))
+        train.build_model_and_data(settings, init, lambda line: None)
 
 
 READERS = {"command": read_command, "table": read_table, "squad": read_questions, "corpus": read_corpus,

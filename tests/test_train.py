@@ -217,8 +217,10 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(world, chain, tmp
 def test_finished_runs_are_not_overwritten(world, chain, capsys):
     before = (chain / "pretrain" / "model.safetensors").read_bytes()
     assert "--resume" in fails(capsys, *commands(world, chain)["pretrain"])
+    left = chain / "pretrain" / "train-000000012.pt"          # by a process that was killed at its very end
+    left.write_bytes(b"")
     train.main([*commands(world, chain)["pretrain"], "--resume"])
-    assert "already finished" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out and not left.exists()
     assert (chain / "pretrain" / "model.safetensors").read_bytes() == before
 
 
