@@ -1,17 +1,18 @@
 """Files of text and of tasks in, batches of tensors out.
 
-    text.py     sentences, the WordPiece tokenizer, batches for masked-word pre-training
-    corpus.py   text files, WikiExtractor's output and Wikipedia dumps, read as a stream of documents
-    shards.py   a corpus of any size as token shards, memory-mapped
-    tasks.py    SST-2, MNLI, QQP, QNLI and SQuAD in their published formats, batches for fine-tuning, evaluation
-    metrics.py  accuracy, F1, SQuAD exact match and F1, the best answer span
-    tiny.py     a small invented world: text and all five tasks, so that everything runs without a download
-    download.py the published task files and Wikipedia's dump, fetched, verified and unpacked for the readers
-    batches.py  a step's rows, shared among processes, made while the step before it computes
-    encode.py   what a person types, or a task's files, as batches for the model in a directory
-    recipes.py  hyper-parameters, with the source of each number
-    settings.py what the settings of train.py lead to, and which of them cannot be
-    flags.py    the flags of infer_cpu.py
+    text.py       sentences, tokenized documents, batches for masked-word pre-training
+    wordpiece.py  the WordPiece tokenizer: learnt, read from a model directory as transformers reads it, written
+    corpus.py     text files, WikiExtractor's output and Wikipedia dumps, read as a stream of documents
+    shards.py     a corpus of any size as token shards, memory-mapped
+    tasks.py      SST-2, MNLI, QQP, QNLI and SQuAD in their published formats, batches for fine-tuning, evaluation
+    metrics.py    accuracy, F1, SQuAD exact match and F1, the best answer span
+    tiny.py       a small invented world: text and all five tasks, so that everything runs without a download
+    download.py   the published task files and Wikipedia's dump, fetched, verified and unpacked for the readers
+    batches.py    a step's rows, shared among processes, made while the step before it computes
+    encode.py     what a person types, or a task's files, as batches for the model in a directory
+    recipes.py    hyper-parameters, with the source of each number
+    settings.py   what the settings of train.py lead to, and which of them cannot be
+    flags.py      the flags of infer_cpu.py
 
 One rule holds for every batch: row r of step s is a pure function of (seed, s, r). One process with 16 rows, four
 micro-batches of 4, and two machines with 8 each therefore train on the same rows, and a run resumed at step s goes on
@@ -48,4 +49,8 @@ def read_text(path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; check the path")
-    return decode(path.read_bytes(), path)
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs.github.com/"):
+        raise DataError(f"{path}: this is a pointer of git-LFS, not the file itself; fetch that with git lfs pull, or "
+                        "download the file")
+    return decode(content, path)

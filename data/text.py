@@ -1,4 +1,4 @@
-"""Text for pre-training: documents, the WordPiece tokenizer, and masked sentence pairs (BERT, arXiv 1810.04805).
+"""Text for pre-training: sentences, tokenized documents, and masked sentence pairs (BERT, arXiv 1810.04805).
 
     documents = read_documents("articles/")                    # corpus.py: documents, each a list of sentences
     tokenizer = train_tokenizer(documents, vocab_size=8000)
@@ -7,22 +7,20 @@
 """
 
 import itertools
-import json
-import os
 import re
 from array import array
 from bisect import bisect_left
-from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
-from data import DataError, read_text
+from data import DataError
+from data.wordpiece import (SPECIAL_TOKENS, bert_tokenizer, load_tokenizer, save_tokenizer,  # noqa: F401, for callers
+                            train_tokenizer, vocabulary_rows)
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LOOKED_AT = 10_000_000      # tokens of a text that are looked at for what it is like
 IGNORED = -100      # the label of a position without a loss: what torch's cross_entropy leaves out
 
 
@@ -59,134 +57,6 @@ def split_sentences(line: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-# ---------------------------------------------------------------- tokenizer
-
-def bert_tokenizer(vocabulary: dict[str, int], lowercase=True, strip_accents=None, chinese=True) -> Tokenizer:
-    """BERT's tokenizer (greedy longest-match WordPiece) over a vocabulary {token: id}."""
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    if all(token in vocabulary for token in SPECIAL_TOKENS):
-        tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-        tokenizer.post_processor = processors.BertProcessing(
-            ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    return tokenizer
-
-
-def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
-    """Learn a lower-cased WordPiece vocabulary of at most `vocab_size` tokens; ids 0..4 are SPECIAL_TOKENS.
-
-    The same documents always give the same vocabulary. The library alone does not promise that: it numbers the
-    word-inner letters ("##e") in the order of a hash table, and equally frequent merges are ranked by those numbers
-    (huggingface/tokenizers issue 1794). So a first pass, which merges nothing, only collects the letters, and the
-    second pass is handed them sorted. `documents` are gone through three times, and need not be in memory (see
-    corpus.Documents). Raises DataError if vocab_size does not even hold the letters.
-    """
-    def trained(size: int, first: list[str]) -> dict[str, int]:
-        tokenizer = bert_tokenizer({})
-        tokenizer.train_from_iterator(itertools.chain.from_iterable(documents), trainers.WordPieceTrainer(
-            vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False,
-            initial_alphabet=alphabet, limit_alphabet=len(alphabet)))
-        return tokenizer.get_vocab()
-
-    normalizer, counts = normalizers.BertNormalizer(), Counter()
-    for document in documents:
-        counts.update(normalizer.normalize_str(" ".join(document)))
-    ranked = sorted((-count, letter) for letter, count in counts.items() if not letter.isspace())
-    alphabet = sorted(letter for _, letter in ranked[:1000])        # rarer signs become [UNK]
-    letters = sorted(set(trained(0, list(SPECIAL_TOKENS))) - set(SPECIAL_TOKENS), key=lambda t: (len(t), t))
-    if vocab_size < len(SPECIAL_TOKENS) + len(letters):
-        raise DataError(f"vocab_size {vocab_size} is too small for this text: its {len(letters)} letters and "
-                        f"{len(SPECIAL_TOKENS)} special tokens need at least {len(SPECIAL_TOKENS) + len(letters)}")
-    return bert_tokenizer(trained(vocab_size, [*SPECIAL_TOKENS, *letters]))
-
-
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: tokenizer.json, or else vocab.txt with the options in tokenizer_config.json.
-    `directory` may also be a vocab.txt itself.
-
-    Truncation and padding stored in the file are switched off. Raises DataError if neither file is there, if one
-    is damaged, or if one of SPECIAL_TOKENS is missing from the vocabulary.
-    """
-    directory = Path(directory)
-    path = directory / "tokenizer.json"
-    if directory.is_file():
-        path, tokenizer = directory, _tokenizer_from_vocabulary(directory)
-    elif path.is_file():
-        try:
-            tokenizer = Tokenizer.from_str(read_text(path))
-        except DataError:
-            raise
-        except Exception as error:      # the library raises bare Exception
-            raise DataError(f"{path}: this is not a tokenizer file ({error}); restore it, or delete it to use "
-                            "vocab.txt beside it") from None
-    elif (path := directory / "vocab.txt").is_file():
-        tokenizer = _tokenizer_from_vocabulary(path)
-    else:
-        raise DataError(f"{directory}: there is neither tokenizer.json nor vocab.txt in it; give a model directory")
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
-        raise DataError(f"{path}: the vocabulary lacks {' '.join(missing)}; expected a BERT vocabulary with "
-                        f"{' '.join(SPECIAL_TOKENS)}")
-    if max(vocabulary.values()) >= len(vocabulary):
-        raise DataError(f"{path}: the vocabulary has {len(vocabulary)} tokens but the id {max(vocabulary.values())}; "
-                        "expected the ids 0, 1, 2, … without gaps")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _tokenizer_from_vocabulary(path: Path) -> Tokenizer:
-    """A tokenizer over vocab.txt, whose line number (from 0) is the token's id."""
-    vocabulary: dict[str, int] = {}
-    for number, token in enumerate(read_text(path).removesuffix("\n").split("\n")):
-        if token in vocabulary:
-            raise DataError(f"{path}:{number + 1}: the token {token!r} already stands in line "
-                            f"{vocabulary[token] + 1}; expected one distinct token a line")
-        vocabulary[token] = number
-    config = path.with_name("tokenizer_config.json")
-    if config.is_file():
-        try:
-            options = json.loads(read_text(config))
-            return bert_tokenizer(vocabulary, options.get("do_lower_case", True), options.get("strip_accents"),
-                                  options.get("tokenize_chinese_chars", True))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{config}:{error.lineno}: this is not JSON ({error.msg}); restore or delete it") from None
-        except (AttributeError, TypeError, RecursionError):
-            raise DataError(f"{config}: expected a JSON object whose options do_lower_case, strip_accents and "
-                            f"tokenize_chinese_chars are true or false; restore or delete it") from None
-    return bert_tokenizer(vocabulary)
-
-
-def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Write vocab.txt, tokenizer.json and tokenizer_config.json, which transformers' BertTokenizer reads too.
-
-    Each file is written under a temporary name and then renamed, so that none is ever half there.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    vocabulary = tokenizer.get_vocab()
-    normalizer = json.loads(tokenizer.to_str()).get("normalizer") or {}
-    config = {"tokenizer_class": "BertTokenizer",
-              "do_lower_case": normalizer.get("lowercase", True),
-              "strip_accents": normalizer.get("strip_accents"),
-              "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
-              **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}}
-    files = {"vocab.txt": "".join(token + "\n" for token in sorted(vocabulary, key=vocabulary.get)),
-             "tokenizer.json": tokenizer.to_str(),
-             "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
-    for name, content in files.items():
-        temporary = directory / f".{name}.tmp"
-        try:
-            temporary.write_text(content, encoding="utf-8", newline="\n")
-            os.replace(temporary, directory / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------- tokenized documents
 
 class Shard(NamedTuple):
@@ -202,7 +72,7 @@ class Shard(NamedTuple):
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
     """The smallest type that holds every id."""
-    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2 ** 16 else np.uint32)
+    return np.dtype(np.uint16 if vocabulary_rows(tokenizer) <= 2 ** 16 else np.uint32)
 
 
 def tokenize(documents: list[list[str]], tokenizer: Tokenizer) -> Shard:
@@ -229,8 +99,15 @@ def token_ids(tokenizer: Tokenizer, texts: list[str]):
 
 def _encoded(tokenizer: Tokenizer, texts: list[str]):
     for begin in range(0, len(texts), 10_000):          # in pieces: the library's result objects are large
-        for encoding in tokenizer.encode_batch_fast(texts[begin:begin + 10_000], add_special_tokens=False):
+        piece = [without_surrogates(text) for text in texts[begin:begin + 10_000]]
+        for encoding in tokenizer.encode_batch_fast(piece, add_special_tokens=False):
             yield encoding.ids
+
+
+def without_surrogates(text: str) -> str:
+    """A text that UTF-8 can hold, of the same length: halves of surrogate pairs, as JSON and command lines may bring
+    them, become U+FFFD."""
+    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
@@ -364,10 +241,27 @@ class PretrainingData:
 
         special = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
         self.padding, _, _, self.separator, self.mask = special
-        self.is_special = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+        self.is_special = np.zeros(vocabulary_rows(tokenizer), dtype=bool)
         self.is_special[special] = True
         self.ordinary = np.flatnonzero(~self.is_special)
         self._epoch, self._order = -1, None     # a cache, no state: see _training_order
+
+    def notes(self) -> list[str]:
+        """A line that says what of the text teaches nothing: documents of one sentence, which have no next one, and
+        tokens that the vocabulary lacks. Of a long text's shards, each one's beginning is looked at. DataError if no
+        word is known."""
+        lengths = np.concatenate([np.diff(shard.documents) for shard in self.shards])
+        looked_at = [shard.tokens[:LOOKED_AT // len(self.shards)] for shard in self.shards]
+        known = sum(int((~self.is_special[tokens]).sum()) for tokens in looked_at)
+        if not known:
+            raise DataError("the vocabulary knows no word of this text: each of its tokens is [UNK]; give a model, or "
+                            "a text, of another language")
+        unknown = 1 - known / sum(map(len, looked_at))
+        note = f"text: {len(lengths):,} documents, {unknown:.2%} of their tokens [UNK]"
+        if self.next_sentence:
+            note += (f"; {np.mean(lengths == 1):.1%} of the documents have one sentence, and next-sentence prediction "
+                     "learns nothing from them")
+        return [note]
 
     def _cut(self, split: tuple[int, int], seed: int) -> Spans:
         """The spans of the documents split[0] … split[1] - 1."""

@@ -30,9 +30,10 @@ def fetch(name):
             with contextlib.suppress(EntryNotFoundError):          # not in this model; offline: not in the cache
                 return Path(hf_hub_download(name, file, revision=revision))
 
-        tokenizer = [get(file) for file in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")]
+        tokenizer = [get(file) for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
+                                            "special_tokens_map.json")]
         weights = next(filter(None, map(get, WEIGHT_FILES)), None)
-        if weights is None or not any(tokenizer[1:]):
+        if weights is None or not any(tokenizer[:2]):
             raise FileNotFoundError("its weights or its vocabulary are not there")
         if weights.suffix == ".json":
             for file in sorted(set(read_json(weights)["weight_map"].values())):

@@ -153,17 +153,15 @@ def test_damaged_tokenizers_are_named(tmp_path):
     assert "neither tokenizer.json nor vocab.txt" in message(load_tokenizer, tmp_path)
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\na\n")
     assert "lacks [SEP] [MASK]" in message(load_tokenizer, tmp_path)
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\na\nb\na\n")
-    found = message(load_tokenizer, tmp_path)
-    assert found.startswith(f"{tmp_path / 'vocab.txt'}:5: the token 'a' already stands in line 3")
     (tmp_path / "vocab.txt").write_text("\n".join(SPECIAL_TOKENS))
     (tmp_path / "tokenizer_config.json").write_text("{\n oops")
     assert message(load_tokenizer, tmp_path).startswith(f"{tmp_path / 'tokenizer_config.json'}:2: this is not JSON")
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "not a tokenizer file" in message(load_tokenizer, tmp_path)
-    gap = {**{token: number for number, token in enumerate(SPECIAL_TOKENS)}, "a": 9}
+    gap = {**{token: number for number, token in enumerate(SPECIAL_TOKENS)}, "a": 1006}
     (tmp_path / "tokenizer.json").write_text(text_module.bert_tokenizer(gap).to_str())
-    assert "6 tokens but the id 9" in message(load_tokenizer, tmp_path)
+    assert "6 tokens but the id 1006" in message(load_tokenizer, tmp_path)
 
 
 # ---------------------------------------------------------------- pre-training
