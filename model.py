@@ -33,6 +33,7 @@ class ModelConfig:
     hidden_dropout_prob: float = 0.1
     attention_dropout_prob: float = 0.1
     classifier_dropout: float = 0.1       # before a task head (0.2 in DistilBERT's classifier)
+    span_dropout: float = 0.1             # before DistilBERT's span head; BERT's has none
     initializer_range: float = 0.02       # standard deviation of fresh weights
     layer_norm_eps: float = 1e-12
 
@@ -51,6 +52,9 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
 
+NO_RANGE = (float("inf"), float("-inf"))
+
+
 def product_type(x):
     """The type that matrix products of x are taken in: autocast's where it is on, else x's own."""
     device = x.device.type
@@ -63,7 +67,9 @@ class Linear(nn.Linear):
     mask        bool (out, in), True where a weight lives; written only by prune.py. The latent weight under a False
                 entry is kept, so that a pruned weight can return at a later mask update (arXiv 1710.01878). None in a
                 frozen layer, whose weight is masked already.
-    act_range   float (2,), running minimum and maximum of the input; written only by quant.py.
+    act_range   float (2,), running minimum and maximum of the input; written only by quant.py. NO_RANGE, whose minimum
+                is above its maximum, until something was seen.
+    seen        float (2,), the same of the optimizer step under way.
     fake_quant  None, or a function (x, weight, layer) -> (x, weight) that rounds both; set only by quant.py.
     prunable    False for heads: the layer says what may be pruned, never a pattern over names.
     kernel      None, or a function x -> y that replaces the product at inference; set by infer_cpu.py and native/.
@@ -74,7 +80,8 @@ class Linear(nn.Linear):
     def __init__(self, in_features, out_features, prunable=True):
         super().__init__(in_features, out_features)
         self.register_buffer("mask", torch.ones(out_features, in_features, dtype=torch.bool), persistent=False)
-        self.register_buffer("act_range", torch.zeros(2), persistent=False)
+        self.register_buffer("act_range", torch.tensor(NO_RANGE), persistent=False)
+        self.register_buffer("seen", torch.tensor(NO_RANGE), persistent=False)
         self.prunable = prunable
         self.fake_quant = None
         self.kernel = None
@@ -234,7 +241,7 @@ class SpanModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, pooler=False)
-        self.dropout = nn.Dropout(0.1) if config.model_type == "distilbert" else nn.Identity()      # as published
+        self.dropout = nn.Dropout(config.span_dropout) if config.model_type == "distilbert" else nn.Identity()
         self.span = Linear(config.hidden_size, 2, prunable=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids):

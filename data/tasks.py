@@ -11,6 +11,7 @@ SST-2, MNLI, QQP and QNLI come as GLUE's tab-separated files (arXiv 1804.07461),
 import gzip
 import itertools
 import json
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 
 from data import DataError, decode
 from data.metrics import accuracy, best_span, binary_f1, squad_scores
-from data.text import fit_pair, pad_rows, sequence, token_ids
+from data.text import fit_pair, pad_rows, sequence, token_ids, without_surrogates
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Task:
     kind: str                           # "classification" or "span"
     metric: str                         # the one to quote
     labels: tuple[str, ...] = ()        # as written in the file; the position is the class number (GLUE's order)
+    also: tuple[str, ...] = ()          # what published models call the same classes
     text_columns: tuple[str, ...] = ()
     label_column: str = ""
     train: str = "train.tsv"
@@ -41,18 +43,23 @@ class Task:
     submissions: tuple[str, ...] = ()   # what the official scripts call the predictions of the dev or test files
     max_length: int = 128               # tokens per row where nobody says otherwise, as in BERT's scripts
 
+    @property
+    def classes(self) -> tuple[tuple[str, ...], ...]:
+        """Per class the names that it goes by."""
+        return tuple(zip(self.labels, self.also)) if self.also else tuple(zip(self.labels))
+
 
 TASKS = {task.name: task for task in (
-    Task("sst2", "SST-2", "classification", "accuracy", ("0", "1"), ("sentence",), "label",
+    Task("sst2", "SST-2", "classification", "accuracy", ("0", "1"), ("negative", "positive"), ("sentence",), "label",
          submissions=("SST-2.tsv",)),
-    Task("mnli", "MNLI", "classification", "accuracy", ("entailment", "neutral", "contradiction"),
+    Task("mnli", "MNLI", "classification", "accuracy", ("entailment", "neutral", "contradiction"), (),
          ("sentence1", "sentence2"), "gold_label",
          dev={"dev_matched": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv"},
          test={"test_matched": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv"},
          submissions=("MNLI-m.tsv", "MNLI-mm.tsv")),
-    Task("qqp", "QQP", "classification", "accuracy", ("0", "1"), ("question1", "question2"), "is_duplicate",
-         submissions=("QQP.tsv",)),
-    Task("qnli", "QNLI", "classification", "accuracy", ("entailment", "not_entailment"),
+    Task("qqp", "QQP", "classification", "accuracy", ("0", "1"), ("not_duplicate", "duplicate"),
+         ("question1", "question2"), "is_duplicate", submissions=("QQP.tsv",)),
+    Task("qnli", "QNLI", "classification", "accuracy", ("entailment", "not_entailment"), (),
          ("question", "sentence"), "label", submissions=("QNLI.tsv",)),
     Task("squad", "SQuAD", "span", "f1", train="train-v1.1.json", dev={"dev": "dev-v1.1.json"}, test={},
          submissions=("predictions.json",), max_length=384),
@@ -196,6 +203,17 @@ def _answer_start(context: str, text: str, start: int) -> int:
     return min(places, key=lambda place: abs(place - start))
 
 
+def whole_offsets(context: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """int32 (tokens, 2): first and end character of each token, whose end takes along the combining marks behind it
+    that the tokenizer strips, up to the next token: the second half of a decomposed é belongs to the answer."""
+    ends = np.array(offsets, dtype=np.int32).reshape(-1, 2)
+    if not context.isascii():
+        for token, limit in enumerate([*ends[1:, 0], len(context)]):
+            while ends[token, 1] < limit and unicodedata.category(context[ends[token, 1]]) == "Mn":
+                ends[token, 1] += 1
+    return ends
+
+
 # ---------------------------------------------------------------- batches and evaluation
 
 class TaskData:
@@ -207,9 +225,9 @@ class TaskData:
     stride      SQuAD: tokens by which neighbouring windows of a long context overlap; default: a third of
                 max_length, the published 128 at 384
 
-    Attributes: task (a Task), kind, labels, max_length, and left_out {split: numbers of the rows left out, see
-    read_table}. MNLI's dev_mismatched.tsv and test_mismatched.tsv may be missing; they are then just not evaluated.
-    Files are read, and DataError raised, at once; a split is tokenized when it is first used.
+    Attributes: task (a Task), kind, labels, max_length, left_out {split: numbers of the rows left out, see read_table},
+    and class_order, the output of the model that is class 0, class 1, ...: to be set where it has another order.
+    MNLI's dev_mismatched.tsv and test_mismatched.tsv may be missing; they are then just not evaluated. Files are read, and DataError raised, at once; a split is tokenized when it is first used.
     """
 
     def __init__(self, task: str | Task, folder: str | Path, tokenizer: Tokenizer, max_length: int, seed: int = 0,
@@ -218,6 +236,7 @@ class TaskData:
             raise DataError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}")
         self.task = task if isinstance(task, Task) else TASKS[task]
         self.kind, self.labels = self.task.kind, self.task.labels
+        self.class_order = [*range(len(self.labels))]
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
         self.stride = max_length // 3 if stride is None else stride
         self.left_out: dict[str, list[int]] = {}
@@ -289,9 +308,9 @@ class TaskData:
         encoded = {}
         for begin in range(0, len(contexts), 1000):
             piece = contexts[begin:begin + 1000]
-            for context, encoding in zip(piece, self.tokenizer.encode_batch(piece, add_special_tokens=False)):
-                encoded[context] = (np.array(encoding.ids, dtype=np.int32),
-                                    np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2))
+            encodings = self.tokenizer.encode_batch([*map(without_surrogates, piece)], add_special_tokens=False)
+            for context, encoding in zip(piece, encodings):
+                encoded[context] = np.array(encoding.ids, dtype=np.int32), whole_offsets(context, encoding.offsets)
         question_ids = token_ids(self.tokenizer, [question.question for question in questions])
         rows = []
         for example, (question, ids) in enumerate(zip(questions, question_ids)):
@@ -389,7 +408,8 @@ class TaskData:
                                                             for question in questions})
                 continue
             rows = self._split_rows(name)[:limit]
-            predictions[name] = [self.labels[output[0].argmax()] for output in self._outputs(predict, rows, batch_size)]
+            predictions[name] = [self.labels[output[self.class_order].argmax()]
+                                 for output, in self._outputs(predict, rows, batch_size)]
             if name in self.task.test:
                 continue
             expected = [self.labels[row["label"]] for row in rows]

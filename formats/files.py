@@ -1,11 +1,19 @@
 """A file stands whole or not at all; JSON that people edit; names in a sentence."""
 import contextlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 
 from model import InputError
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
+LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
 @contextlib.contextmanager
@@ -37,6 +45,28 @@ def write_file(path, content):
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path, value):
+    """Write a value as JSON that every reader takes: a number that is none, NaN or Inf, becomes null."""
+    write_file(path, json.dumps(finite(value), indent=1, allow_nan=False))
+
+
+def finite(value):
+    """The same dicts, lists and values, with None in place of every float that is no number."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def demand_content(path):
+    """InputError if a file is only git-LFS's pointer to what should stand there."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(f"{path} is a pointer of git-LFS, not the file itself; fetch that with git lfs pull, or "
+                             f"download the file")
+
+
 def read_json(path):
     """The object in a JSON file; InputError names a file that is missing or is not a JSON object."""
     try:
@@ -48,6 +78,28 @@ def read_json(path):
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")
     return value
+
+
+def lock_folder(folder, wait=False):
+    """Keep other processes out of a folder until the file descriptor that is returned is closed, or this process ends,
+    however it does. BlockingIOError, unless it is to wait, while another one has the folder. Returns None where the
+    system or the disk has no such locks."""
+    if not fcntl:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+
+
+def unlock(descriptor):
+    """Give up what `lock_folder` returned."""
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def names_in_short(names, limit=6):

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from formats.config import kind_of
 from formats.files import names_in_short
+from formats.model_directory import kind_of
 from formats.names import published_name
 from formats.safetensors import read_safetensors, write_safetensors
 from model import InputError, build, linears

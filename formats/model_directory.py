@@ -3,15 +3,15 @@
     config.json, model.safetensors    as HuggingFace's tools read them; zeros burned in
     compression.safetensors           ours beside it: masks as bits, activation ranges
 """
-import json
 import re
 from pathlib import Path
 
 import torch
 
-from formats.config import config_json, read_config
-from formats.files import names_in_short, read_json, write_file
-from formats.names import TIED_DECODER, is_head, published_name
+from formats.config import compression_of, config_json, read_config
+from formats.files import demand_content, names_in_short, read_json, write_json
+from formats.heads import class_order
+from formats.names import ARCHITECTURES, NAMES, TIED_DECODER, is_head, published_name
 from formats.safetensors import read_safetensors, write_safetensors
 from model import InputError, build, linears
 from quant import pack_bits, unpack_bits
@@ -38,11 +38,11 @@ def save(model, directory, labels=None, compression=None):
         if name in masked:
             stem = theirs.removesuffix("weight")
             extra[stem + "mask_bits"] = pack_bits(masked[name].mask)
-            extra[stem + "act_range"] = masked[name].act_range
+            if masked[name].act_range[0] <= masked[name].act_range[1]:
+                extra[stem + "act_range"] = masked[name].act_range
     write_safetensors(directory / "model.safetensors", weights)
     write_safetensors(directory / "compression.safetensors", extra)
-    write_file(directory / "config.json",
-               json.dumps(config_json(model.config, model.kind, labels, compression), indent=1))
+    write_json(directory / "config.json", config_json(model.config, model.kind, labels, compression))
 
 
 def read_tensors(directory):
@@ -72,6 +72,7 @@ def read_weight_file(path):
         return read_safetensors(path)[0]
     if not path.is_file():
         raise InputError(f"{path} is missing")
+    demand_content(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
@@ -84,17 +85,22 @@ def read_weight_file(path):
 
 # What training with the paper's reference code leaves in a file beside the model: its teacher (distiller.py there), and
 # the state of its fake quantization (quantization/qat.py).
+WRAPPERS = ("module.", "_orig_mod.")        # before every name: of DataParallel, and of a model that torch.compile took
 LEFTOVERS = re.compile(r"_?teacher\.|.*\.(weight|input|output)_fake_quant\.|.*\.(_step|fake_quant_enabled)$")
 
 
 def read_weights(directory, say=print):
-    """All weights of a model directory by their published names: backbone prefix and old spellings normalized, masks
-    multiplied in, what training left there, buffers and copies of the tied decoder removed.
+    """All weights of a model directory by their published names: prefixes and old spellings normalized, masks
+    multiplied in, what training left there, buffers and copies of the tied decoder removed. InputError names a tensor
+    with a number that is none.
 
     say: told what was left out or changed. Returns (dict, path of the file).
     """
     model_type = read_config(directory)[0].model_type
     tensors, path = read_tensors(directory)
+    for wrapper in 2 * WRAPPERS:                # each may be inside the other
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     prefix = model_type + "."
     bare = not any(name.startswith(prefix) for name in tensors)
     found, leftovers = {}, []
@@ -104,7 +110,7 @@ def read_weights(directory, say=print):
             name = prefix + name
         if LEFTOVERS.match(name):
             leftovers.append(name)
-        elif not name.endswith("position_ids"):
+        elif not name.endswith(("position_ids", "token_type_ids")):             # buffers of some versions
             found[name] = tensor
     if leftovers:
         say(f"{path}: leaves out {len(leftovers)} tensors that training left there: {names_in_short(leftovers, 3)}")
@@ -113,6 +119,10 @@ def read_weights(directory, say=print):
     if strange:
         raise InputError(f"{path}: {names_in_short(strange)} should hold floating-point numbers, and '{strange[0]}' "
                          f"holds {found[strange[0]].dtype}")
+    broken = [name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise InputError(f"{path}: {names_in_short(broken)} holds a NaN or an Inf; the file was made by a training "
+                         f"that failed, or lost it in 16 bits; give another model")
     multiply_masks(found, path, say)
     drop_tied_copies(found, model_type)
     others = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.values()} - {"float32"})
@@ -146,20 +156,25 @@ def drop_tied_copies(found, model_type):
         found.setdefault(bias, found.pop(bias_copy))
 
 
-def load(directory, kind, num_labels=None, fresh_head=False, say=print):
+def load(directory, kind, num_labels=None, fresh_head=False, say=print, task=None):
     """Read a model directory into a model of the given kind, on the CPU, in float32.
 
     Strict: every tensor of the encoder must be there with its shape, and nothing unknown may be; only heads (and the
     pooler, which masked-language-model files leave out) may be missing, if fresh_head, and then `say` is told.
-    num_labels: classes of a classification head; None takes the directory's.
+    num_labels: classes of a classification head; None takes the directory's. task: as in heads.class_order; the head's
+    outputs are put into its order, and one that is another task's counts as missing if fresh_head.
     Raises InputError naming the file and the tensors.
     """
-    config, _ = read_config(directory)
+    config, raw = read_config(directory)
     found, path = read_weights(directory, say)
     check_plausible_size(config, found, path)
     decoder = TIED_DECODER[config.model_type][0]
-    if decoder in found and kind == "pretraining":
-        raise InputError(f"{path}: '{decoder}' differs from the word embeddings; this network ties the two")
+    if kind == "pretraining" and (decoder in found or raw.get("tie_word_embeddings") is False):
+        raise InputError(f"{path}: '{decoder}' differs from the word embeddings, or config.json says that it may; this "
+                         f"network ties the two")
+    if kind == "classification" and task is not None:
+        num_labels = len(task.classes)
+        order_classes(found, raw, task, directory, fresh_head, say)
     if kind == "classification" and num_labels is None:
         head = found.get("classifier.weight")
         if head is None or head.ndim != 2:
@@ -192,6 +207,23 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print):
     return model
 
 
+def order_classes(found, raw, task, directory, fresh_head, say):
+    """Put the outputs of the classifier in `found` into the task's order. In place; where they cannot mean its classes,
+    InputError, or with fresh_head the classifier is left out and `say` is told why."""
+    weight, bias = found.get("classifier.weight"), found.get("classifier.bias")
+    if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        return                                          # `load` will say so
+    try:
+        order = class_order(raw, len(weight), task, directory)
+    except InputError as error:
+        if not fresh_head:
+            raise
+        say(str(error).split(";")[0] + ": its classifier is left out")
+        del found["classifier.weight"], found["classifier.bias"]
+    else:
+        found.update({"classifier.weight": weight[order], "classifier.bias": bias[order]})
+
+
 def check_plausible_size(config, found, path):
     """InputError if config.json asks for far more than the file holds, before memory is taken for that. What merely
     lacks some tensors passes: `load` will name them."""
@@ -214,18 +246,52 @@ def load_compression(model, directory, fresh=()):
     if not path.is_file():
         return
     tensors, _ = read_safetensors(path)
+    rounded = "activation_bits" in compression_of(directory)
     for name, layer in linears(model):
         stem = published_name(model.config.model_type, name + ".")
         bits, act_range = tensors.get(stem + "mask_bits"), tensors.get(stem + "act_range")
         if stem + "weight" in fresh or (bits is None and act_range is None and not name.startswith("encoder.layers.")):
             continue
-        if bits is None or act_range is None:
-            raise InputError(f"{path} lacks '{stem}mask_bits' or '{stem}act_range'")
-        if bits.dtype != torch.uint8 or bits.shape != ((layer.mask.numel() + 7) // 8,) or act_range.shape != (2,):
-            raise InputError(f"{path}: '{stem}mask_bits' or '{stem}act_range' does not fit the layer's shape "
-                             f"{list(layer.weight.shape)}")
+        if bits is None:
+            raise InputError(f"{path} lacks '{stem}mask_bits'")
+        if bits.dtype != torch.uint8 or bits.shape != ((layer.mask.numel() + 7) // 8,):
+            raise InputError(f"{path}: '{stem}mask_bits' does not fit the layer's shape {list(layer.weight.shape)}")
         layer.mask.copy_(unpack_bits(bits, layer.mask.shape))
+        if act_range is None or not (rounded or bool(act_range.any())):     # before, a layer without one had 0, 0
+            continue
+        if act_range.shape != (2,) or not bool(torch.isfinite(act_range).all()) or act_range[0] > act_range[1]:
+            raise InputError(f"{path}: '{stem}act_range' is not a minimum and a maximum")
         layer.act_range.copy_(act_range)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What kind of model it is
+
+
+def kind_of(directory):
+    """(kind, ModelConfig, the JSON object) of a model directory; kind as in model.build. Where config.json names no
+    architecture, the tensors tell."""
+    config, raw = read_config(directory)
+    kinds = {architecture: kind for (_, kind), architecture in ARCHITECTURES.items()}
+    named = raw.get("architectures")
+    if named is None:
+        found = kinds_of_heads(directory, config.model_type)
+    else:
+        found = {kinds[name] for name in (named if isinstance(named, list) else ()) if name in list(kinds)}
+    if len(found) != 1:
+        heads = f", and its weights have heads for {' and '.join(sorted(found)) or 'nothing'}" if named is None else ""
+        raise InputError(f"{Path(directory) / 'config.json'} says architectures {named!r}{heads}; expected one of "
+                         f"{', '.join(kinds)}")
+    return found.pop(), config, raw
+
+
+def kinds_of_heads(directory, model_type):
+    """The kinds of model, as in model.build, for which the weights in a directory have a head."""
+    packed = Path(directory) / "int8.safetensors"
+    names = read_safetensors(packed)[0] if packed.is_file() else read_weights(directory, say=lambda line: None)[0]
+    heads = {"pretraining": "transform", "classification": "classifier", "span": "span"}
+    return {kind for kind, head in heads.items()
+            if any(name.startswith(NAMES[model_type][head] + ".") for name in names)}
 
 
 def weight_files(path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from formats.files import whole_file
+from formats.files import demand_content, whole_file
 from model import InputError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -46,6 +46,7 @@ def read_safetensors(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is missing")
+    demand_content(path)
     damaged = f"{path} is not a whole safetensors file: "
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -64,6 +65,8 @@ def read_safetensors(path):
                                    for number in (begin, end, *shape))
                             or math.prod(number or 1 for number in shape) >= 2 ** 62):
                         raise ValueError(f"tensor '{name}' has shape {shape} and offsets {begin}, {end}")
+                    if entry["dtype"] not in DTYPES:
+                        raise ValueError(f"tensor '{name}' holds {entry['dtype']}, and read are {', '.join(DTYPES)}")
                     entries[name] = DTYPES[entry["dtype"]], shape, begin, end
             metadata = dict(header.get("__metadata__") or {})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

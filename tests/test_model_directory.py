@@ -16,7 +16,7 @@ from formats import names
 from formats.config import read_config
 from formats.model_directory import load, save
 from formats.safetensors import read_safetensors, write_safetensors
-from model import PRESETS, linears
+from model import NO_RANGE, PRESETS, linears
 from quant import pack_bits, unpack_bits
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_another_tasks_head_starts_fresh_and_says_so(tmp_path):
     other = load(tmp_path, "classification", num_labels=3, fresh_head=True, say=notes.append)
     assert len(notes) == 1 and "fresh" in notes[0] and "classifier.weight" in notes[0]
     assert other.classifier.weight.shape == (3, 24)
-    assert other.classifier.mask.all() and not other.classifier.act_range.any()
+    assert other.classifier.mask.all() and other.classifier.act_range.tolist() == list(NO_RANGE)
     assert torch.equal(other.encoder.pooler.mask, model.encoder.pooler.mask)
     same = load(tmp_path, "classification", num_labels=2, fresh_head=True, say=pytest.fail)
     assert torch.equal(same.classifier.mask, model.classifier.mask)
@@ -224,7 +224,7 @@ def test_masks_and_ranges_survive_and_zeros_are_burned_in(model_type, tmp_path):
     generator = torch.Generator().manual_seed(2)
     for _, linear in linears(model):
         linear.mask.copy_(torch.rand(linear.mask.shape, generator=generator) > 0.7)
-        linear.act_range.copy_(torch.randn(2, generator=generator))
+        linear.act_range.copy_(torch.randn(2, generator=generator).sort().values)
     kept = model.encoder.layers[0].query
     with torch.no_grad():
         kept.weight[kept.mask] = 0.0                          # zeros that no mask asks for
@@ -243,12 +243,22 @@ def test_masks_and_ranges_survive_and_zeros_are_burned_in(model_type, tmp_path):
 
 
 def test_compression_file_that_does_not_fit(tmp_path):
-    save(make("classification"), tmp_path)
+    model = make("classification")
+    for _, linear in linears(model):
+        linear.act_range.copy_(torch.tensor([-1.0, 2.0]))
+    save(model, tmp_path)
     path = tmp_path / "compression.safetensors"
     whole, _ = read_safetensors(path)
+    assert sum(name.endswith("act_range") for name in whole) == len(linears(model))
     for name in list(whole):
         write_safetensors(path, {key: tensor for key, tensor in whole.items() if key != name})
-        assert path.name in error_of(load, tmp_path, "classification") and name
+        if name.endswith("mask_bits"):
+            assert name in error_of(load, tmp_path, "classification")
+        else:
+            load(tmp_path, "classification", say=pytest.fail)
+            for wrong in ([2.0, 1.0], [0.0, float("nan")], [-1.0, float("inf")]):
+                write_safetensors(path, {**whole, name: torch.tensor(wrong)})
+                assert name in error_of(load, tmp_path, "classification")
         write_safetensors(path, {**whole, name: torch.cat([whole[name], whole[name]])})
         assert name.rpartition(".")[0] in error_of(load, tmp_path, "classification")
     write_safetensors(path, {name: tensor for name, tensor in whole.items() if "encoder.layer.1.output" not in name})
@@ -285,7 +295,7 @@ def test_pack_bits():
     ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob"), ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob"),
     ({"attention_probs_dropout_prob": float("nan")}, "attention_probs_dropout_prob"),
     ({"layer_norm_eps": float("inf")}, "layer_norm_eps"),
-    ({"model_type": "gpt2"}, "gpt2"), ({"model_type": None}, "bert, distilbert"),
+    ({"model_type": "gpt2"}, "gpt2"), ({"model_type": None, "architectures": ["GPT2Model"]}, "bert, distilbert"),
     ({"model_type": ["bert"]}, "model_type"),
     ({"hidden_act": "relu"}, "relu"), ({"hidden_act": ["gelu"]}, "gelu"), ({"hidden_act": None}, "None"),
     ({"position_embedding_type": "relative_key"}, "relative_key"),
