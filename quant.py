@@ -14,7 +14,6 @@ Shapes as in model.py, and: out, in = sizes of a Linear; R x C = pruning block, 
 """
 import functools
 import math
-import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,27 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from model import InputError, linears
+from model import NO_RANGE, InputError, linears
 
-AVERAGING = 0.01            # share of a new batch in the running activation range
+AVERAGING = 0.01            # share of a new step in the running activation range
 MAX_INPUTS = 2 ** 31 // (255 * 128)     # of a layer: with more, a sum may not fit into an int32
-
-
-def saturates():
-    """True if this CPU's uint8 x int8 product may saturate: x86 without VNNI adds two products in 16 bits, and
-    2 * 255 * 127 does not fit. Seven-bit activations (2 * 127 * 127) do. True as well where torch cannot tell."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686", "x86"):
-        return False                # ARM's dot product accumulates in 32 bits
-    try:
-        capabilities = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError):          # another torch: it cannot tell
-        return True
-    return not (capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
-
-
-def default_activation_bits():
-    """7 on a CPU that saturates, else 8."""
-    return 7 if saturates() else 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,36 +93,58 @@ class FakeQuantize(torch.autograd.Function):
         return gradient * inside, None, None, None, None
 
 
-def fake_quant(x, weight, layer, bits=8, scales="row"):
+def fake_quant(x, weight, layer, bits=8, scales="row", observed=None):
     """The slot `Linear.fake_quant`: x (..., in) and the masked weight (out, in) -> both rounded, in float32.
 
-    In training mode layer.act_range follows the batch's minimum and maximum (exponential average, constant 0.01, the
-    first batch sets it; padding tokens count, as in the reference). In evaluation it is only read.
+    x is rounded by layer.act_range, which `update_ranges` moves after every optimizer step; until it did so for the
+    first time, x stays as it is. In training mode layer.seen takes in the batch's minimum and maximum.
+    observed: {"real": int64 places of the tokens that are no padding, in rows of T laid end to end, or None for all}.
     Raises InputError if a layer that never trained this way is evaluated.
     """
     x, weight = x.float(), weight.float()
+    unset = bool(layer.act_range[0] > layer.act_range[1])
     if layer.training:
-        seen = torch.stack(torch.aminmax(x.detach()))
-        if dist.is_initialized():                       # the batch is that of all processes
-            dist.all_reduce(seen[0], dist.ReduceOp.MIN)
-            dist.all_reduce(seen[1], dist.ReduceOp.MAX)
-        layer.act_range.copy_(torch.where((layer.act_range == 0).all(), seen,
-                                          layer.act_range + AVERAGING * (seen - layer.act_range)))
-    elif not layer.act_range.any():
+        real = (observed or {}).get("real") if x.ndim == 3 else None
+        low, high = torch.aminmax(x.detach() if real is None else x.detach().flatten(0, 1)[real])
+        layer.seen.copy_(torch.stack([torch.minimum(layer.seen[0], low), torch.maximum(layer.seen[1], high)]))
+    elif unset:
         raise InputError("a layer has no activation range yet; train at least one step with fake quantization "
                          "(python train.py --stage quantize) before evaluating")
     scale, zero_point = activation_parameters(layer.act_range, bits)
     weight_scale, low, high = weight_parameters(weight.detach(), scales)
-    return (FakeQuantize.apply(x, scale, zero_point, 0, 2 ** bits - 1),
+    return (x if unset else FakeQuantize.apply(x, scale, zero_point, 0, 2 ** bits - 1),
             FakeQuantize.apply(weight, weight_scale, 0, low, high))
+
+
+def update_ranges(model):
+    """After the micro-batches of an optimizer step: each layer's act_range moves towards the step's minimum and maximum
+    over all real tokens and all processes (exponential average, constant 0.01; the first step sets it)."""
+    layers = [layer for _, layer in linears(model) if layer.fake_quant is not None]
+    ranges = torch.stack([layer.act_range for layer in layers]).T                           # (2, layers): low, high
+    low, high = torch.stack([layer.seen for layer in layers]).T.contiguous()
+    if dist.is_initialized():
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    seen = torch.stack([low, high])
+    moved = torch.where(ranges[0] > ranges[1], seen, ranges + AVERAGING * (seen - ranges))
+    for layer, act_range in zip(layers, torch.where(low > high, ranges, moved).T):
+        layer.act_range.copy_(act_range)
+        layer.seen.copy_(layer.seen.new_tensor(NO_RANGE))
 
 
 def prepare(model, bits, scales="row"):
     """Set the fake_quant slot of every Linear: encoder, pooler and task head. bits: of the activations, 2 to 8."""
     if not 2 <= bits <= 8:
         raise InputError(f"activations take 2 to 8 bits, not {bits}")
+    observed = {}
+
+    def note_padding(encoder, inputs):                  # inputs: input_ids, attention_mask, token_type_ids
+        mask = inputs[1].flatten().bool()
+        observed["real"] = None if bool(mask.all()) else mask.nonzero()[:, 0]
+
+    model.encoder.register_forward_pre_hook(note_padding)
     for _, layer in linears(model):
-        layer.fake_quant = functools.partial(fake_quant, bits=bits, scales=scales)
+        layer.fake_quant = functools.partial(fake_quant, bits=bits, scales=scales, observed=observed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def find_block(mask):
 
 def pack(layer):
     """A Linear prepared for rounding -> PackedLinear. InputError without an activation range, or with a NaN or Inf."""
-    if layer.fake_quant is None or not layer.act_range.any():
+    if layer.fake_quant is None or layer.act_range[0] > layer.act_range[1]:
         raise InputError("it was not trained with fake quantization; run python train.py --stage quantize first")
     bits, scales = layer.fake_quant.keywords["bits"], layer.fake_quant.keywords["scales"]
     with torch.no_grad():

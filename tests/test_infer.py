@@ -1,4 +1,5 @@
 """infer_cpu.py: kernels bit for bit against the integer oracle, engines against the fake-quantized model, commands."""
+import functools
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from data.corpus import read_documents
 from data.metrics import squad_scores
 from data.tasks import TASKS, TaskData, read_questions
 from data.text import load_tokenizer, save_tokenizer, train_tokenizer
-from formats import config, int8, model_directory
+from formats import config, int8, machine, model_directory
 from model import InputError, ModelConfig
 
 ROOT = Path(infer_cpu.__file__).parent
@@ -38,7 +39,7 @@ def packed_layer(out, columns, block=(1, 4), sparsity=0.8, bits=7, zero_point=No
     keep = torch.rand(out // block[0], columns // block[1], generator=generator) >= sparsity
     layer.mask.copy_(keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1))
     layer.mask[:block[0]] = False                                       # an empty row
-    quant.prepare(torch.nn.Sequential(layer), bits)
+    layer.fake_quant = functools.partial(quant.fake_quant, bits=bits, scales="row")
     packed = quant.pack(layer)
     if zero_point is None:
         return packed
@@ -59,7 +60,7 @@ def usable(kernel, packed):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("out, columns, tokens", [(48, 64, 33), (7, 12, 1), (33, 20, 129), (1, 4, 2), (2, 768, 70)])
 def test_kernel_gives_the_oracles_integers(name, bits, out, columns, tokens):
-    if bits == 8 and quant.saturates() and name != "CSR":
+    if bits == 8 and machine.saturates() and name != "CSR":
         pytest.skip("8-bit products saturate on this CPU")
     packed = packed_layer(out, columns, bits=bits, zero_point=37)
     probe = replace(packed, weight_scale=torch.ones(out), bias=torch.zeros(out), input_scale=torch.tensor(1.0))
@@ -158,7 +159,7 @@ def world(tmp_path_factory):
 def write_model(directory, world, task, block=(1, 4), bits=None, quantized=True, steps=30):
     """A small real model, trained for a moment on the task with fake quantization, as train.py leaves it."""
     folder, tokenizer = world
-    bits = bits or quant.default_activation_bits()
+    bits = bits or machine.default_activation_bits()
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                          intermediate_size=64, max_position_embeddings=200, initializer_range=0.3)
@@ -182,6 +183,7 @@ def write_model(directory, world, task, block=(1, 4), bits=None, quantized=True,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        quant.update_ranges(model)
     record = {"task": task, "max_len": data.max_length}
     if quantized:
         record.update(activation_bits=bits, weight_scales="row")
@@ -277,7 +279,7 @@ def test_engines_that_a_model_does_not_have(directories):
 
 def test_a_saturating_cpu_is_warned_about(directories, monkeypatch, world, tmp_path):
     write_model(tmp_path, world, "sst2", bits=8, steps=2)
-    monkeypatch.setattr(quant, "saturates", lambda: True)
+    monkeypatch.setattr(infer_cpu, "saturates", lambda: True)
     said = []
     infer_cpu.load(tmp_path, "int8", say=said.append)
     assert len(said) == 1 and said[0].startswith("warning") and "7" in said[0]

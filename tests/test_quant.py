@@ -8,7 +8,7 @@ import torch
 
 import model as network
 import quant
-from formats import int8, model_directory, safetensors
+from formats import int8, machine, model_directory, safetensors
 from model import InputError, ModelConfig
 
 # A layer of the paper's reference code (IntelLabs/Model-Compression-Research-Package, 0dbbb2d) over four batches.
@@ -58,6 +58,18 @@ def block_mask(out, columns, rows, width, sparsity, seed=0):
     return keep.repeat_interleave(rows, 0).repeat_interleave(width, 1)
 
 
+def lone(layer):
+    """A model of one layer."""
+    return torch.nn.Sequential(layer)
+
+
+def rounded_weight(layer):
+    """The weight of a layer with one scale a row, by torch's own quantizer."""
+    weight = (layer.weight * layer.mask).detach()
+    return torch.fake_quantize_per_channel_affine(weight, weight.abs().amax(1) / 127,
+                                                  torch.zeros(len(weight), dtype=torch.int32), 0, -127, 127)
+
+
 def small_model(kind="classification", model_type="bert", patterns=((1, 4),), sparsity=0.8, bits=8):
     """A real two-layer model, prepared, with one training batch seen; its layers pruned by the patterns in turn."""
     torch.manual_seed(0)
@@ -71,6 +83,7 @@ def small_model(kind="classification", model_type="bert", patterns=((1, 4),), sp
             layer.mask.copy_(block_mask(layer.out_features, layer.in_features, *next(blocks), sparsity, number))
     quant.prepare(model, bits)
     model.train()(*batch())
+    quant.update_ranges(model)
     return model.eval()
 
 
@@ -87,8 +100,14 @@ def test_same_numbers_as_the_papers_reference():
     layer = network.Linear(8, 4)
     layer.weight.data, layer.bias.data = torch.tensor(WEIGHT), torch.tensor(BIAS)
     layer.fake_quant = functools.partial(quant.fake_quant, bits=8, scales="tensor")
+    # The reference moves the range in the forward pass, by what it is about to round; we move it once a step, whose
+    # micro-batches are all rounded alike. So here its forward pass is our second one of a step.
+    model = lone(layer)
     for x, y in zip(INPUTS, OUTPUTS):
+        layer(torch.tensor(x))
+        quant.update_ranges(model)
         assert torch.allclose(layer(torch.tensor(x)), torch.tensor(y), atol=3e-6)
+        layer.seen.copy_(torch.tensor(network.NO_RANGE))
     scale, zero_point = quant.activation_parameters(layer.act_range, 8)
     assert float(scale) == pytest.approx(INPUT_SCALE, rel=1e-6) and int(zero_point) == INPUT_ZERO_POINT
     weight_scale, low, high = quant.weight_parameters(layer.weight.detach(), "tensor")
@@ -136,13 +155,13 @@ def test_an_empty_range_and_tiny_weights_stay_finite():
 
 def test_gradient_is_one_inside_the_range_and_zero_outside():
     scale, zero_point = quant.activation_parameters(torch.tensor([-1.0, 2.0]), 8)
-    x = torch.tensor([-5.0, -1.2, -0.9, 0.0, 1.9, 2.2, 7.0], requires_grad=True)
+    x = torch.tensor([-5.0, -1.2, -1.0, -0.9, 0.0, 1.9, 2.0, 2.2, 7.0], requires_grad=True)     # with both ends
     y = quant.FakeQuantize.apply(x, scale, zero_point, 0, 255)
-    y.backward(torch.arange(1.0, 8.0))
-    assert x.grad.tolist() == [0, 0, 3, 4, 5, 0, 0]
+    y.backward(torch.arange(1.0, 10.0))
+    assert x.grad.tolist() == [0, 0, 3, 4, 5, 6, 7, 0, 0]
     theirs = x.detach().clone().requires_grad_()
     rounded = torch.fake_quantize_per_tensor_affine(theirs, float(scale), int(zero_point), 0, 255)
-    rounded.backward(torch.arange(1.0, 8.0))
+    rounded.backward(torch.arange(1.0, 10.0))
     assert torch.equal(x.grad, theirs.grad)
 
 
@@ -156,17 +175,35 @@ def test_weights_and_inputs_both_get_gradients():
 
 def test_range_is_the_first_batch_then_an_exponential_average_and_frozen_in_evaluation():
     layer = seeded_layer(2, 4).train()
-    layer.act_range.zero_()
-    layer(torch.tensor([[1.0, -2.0, 3.0, 0.0]]))
+    layer.act_range.copy_(torch.tensor(network.NO_RANGE))
+    first = torch.tensor([[1.0, -2.0, 3.0, 0.0]])
+    assert torch.equal(layer(first), torch.nn.functional.linear(first, rounded_weight(layer), layer.bias))
+    quant.update_ranges(lone(layer))
     assert layer.act_range.tolist() == [-2, 3]
-    layer(torch.tensor([[11.0, -1.0, 3.0, 0.0]]))
+    layer(torch.tensor([[11.0, 0.0, 3.0, 0.0]]))              # two micro-batches of one step
+    layer(torch.tensor([[2.0, -1.0, 0.0, 0.0]]))
+    assert layer.act_range.tolist() == [-2, 3]
+    quant.update_ranges(lone(layer))
     assert layer.act_range.tolist() == pytest.approx([-2 + 0.01 * 1, 3 + 0.01 * 8])
     before = layer.act_range.clone()
+    quant.update_ranges(lone(layer))                          # nothing was seen meanwhile
     layer.eval()(torch.full((1, 4), 100.0))
+    quant.update_ranges(lone(layer))
     assert torch.equal(layer.act_range, before)
-    layer.act_range.zero_()
+    layer.act_range.copy_(torch.tensor(network.NO_RANGE))
     with pytest.raises(InputError, match="quantize"):
         layer(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_feature_of_every_token_counts_in_the_range(place):
+    layer = seeded_layer(2, 4).train()
+    for extreme in (9.0, -9.0):
+        layer.seen.copy_(torch.tensor(network.NO_RANGE))
+        x = torch.full((2, 3, 4), 0.5)
+        x[1, 2, place] = extreme
+        layer(x)
+        assert layer.seen.tolist() == ([0.5, 9.0] if extreme > 0 else [-9.0, 0.5])
 
 
 def test_zeros_survive_steps_of_training():
@@ -188,7 +225,8 @@ def test_prepare_sets_every_linear():
     model = small_model()
     layers = dict(network.linears(model))
     assert "classifier" in layers and "encoder.pooler" in layers and len(layers) == 14
-    assert all(layer.fake_quant.keywords == {"bits": 8, "scales": "row"} for layer in layers.values())
+    assert all(layer.fake_quant.keywords["bits"] == 8 and layer.fake_quant.keywords["scales"] == "row"
+               for layer in layers.values())
     quantized = model(*batch())
     for layer in layers.values():
         layer.fake_quant = None
@@ -200,8 +238,8 @@ def test_prepare_sets_every_linear():
 
 
 def test_bits_follow_the_cpu():
-    assert isinstance(quant.saturates(), bool)
-    assert quant.default_activation_bits() == (7 if quant.saturates() else 8)
+    assert isinstance(machine.saturates(), bool)
+    assert machine.default_activation_bits() == (7 if machine.saturates() else 8)
 
 
 # ---------------------------------------------------------------- integers
@@ -259,13 +297,33 @@ def test_odd_shapes_dense_and_all_pruned(out, columns):
     assert torch.equal(quant.unpack(packed), quant.quantize_weight((layer.weight * layer.mask).detach())[0])
 
 
+def test_zero_to_zero_is_a_range():
+    """A layer that has only ever seen zeros is rounded, evaluated and packed like any other."""
+    layer = seeded_layer(2, 4)
+    layer.act_range.zero_()
+    x = torch.zeros(3, 4)
+    assert torch.equal(layer(x), layer.bias.expand(3, 2)) and torch.equal(quant.integer_forward(x, quant.pack(layer)),
+                                                                          layer.bias.expand(3, 2))
+    assert not torch.equal(layer.train()(x + 1), torch.nn.functional.linear(x + 1, rounded_weight(layer), layer.bias))
+
+
+def test_the_largest_sum_that_float32_holds():
+    """2^24 is an integer that it holds exactly; of the one beyond it, it does not."""
+    for extra, exact in ((8, True), (9, False)):
+        values = torch.full((1, 1040), 0, dtype=torch.int8)
+        values[0, :1032], values[0, 1032] = 127, extra                          # 131,072 in sum, times 128
+        packed = quant.PackedLinear((1, 1040), values, None, torch.ones(1), torch.zeros(1), torch.tensor(1.0),
+                                    torch.tensor(128, dtype=torch.int32), 8)
+        assert quant.exact_in_float32(packed) == exact
+
+
 def test_pack_refuses_what_it_cannot_write():
     layer = seeded_layer(4, 8)
     layer.weight.data[1, 1] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         quant.pack(layer)
     layer = seeded_layer(4, 8)
-    layer.act_range.zero_()
+    layer.act_range.copy_(torch.tensor(network.NO_RANGE))
     with pytest.raises(InputError, match="--stage quantize"):
         quant.pack(layer)
 
