@@ -6,7 +6,8 @@ import os
 import platform
 import statistics
 import time
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,23 @@ def has_bf16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def saturates():
+    """True if this CPU's uint8 x int8 product may saturate: x86 without VNNI adds two products in 16 bits, and
+    2 * 255 * 127 does not fit. Seven-bit activations (2 * 127 * 127) do. True as well where torch cannot tell."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686", "x86"):
+        return False                # ARM's dot product accumulates in 32 bits
+    try:
+        capabilities = torch.cpu.get_capabilities()
+    except (AttributeError, RuntimeError):          # another torch: it cannot tell
+        return True
+    return not (capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
+def default_activation_bits():
+    """7 on a CPU that saturates, else 8."""
+    return 7 if saturates() else 8
+
+
 def keep_freed_memory():
     """Ask glibc to keep freed memory, in this whole process: a step of training, or a batch through torch's operators,
     frees and takes the same large tensors, and fresh pages cost up to a third of its time. Elsewhere there is no such
@@ -42,6 +60,23 @@ def keep_freed_memory():
         set_option = ctypes.CDLL(None).mallopt
         set_option(-3, 1 << 30)           # M_MMAP_THRESHOLD
         set_option(-1, (1 << 31) - 1)     # M_TRIM_THRESHOLD
+
+
+@cache
+def survive_fork():
+    """Let a process go on computing after os.fork, in the child as well: a web server loads a model and then forks.
+
+    OpenMP's threads do not exist in the child, which would wait for them for ever. They are dismissed before the fork,
+    and both processes start new ones. Where this OpenMP cannot do that, the child computes with one thread.
+    """
+    if not hasattr(os, "register_at_fork"):                 # Windows has no fork
+        return
+    with contextlib.suppress(OSError, AttributeError, StopIteration):
+        torchs = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
+        dismiss, hard = torchs.omp_pause_resource_all, 2    # omp_pause_hard, OpenMP 5.0, section 3.2.44
+        os.register_at_fork(before=partial(dismiss, hard))
+        return
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def seconds(function):

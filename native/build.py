@@ -18,6 +18,11 @@ from native.engine import Norm
 from native.weights import (FORMS, INTEGER, POINTER, SCATTERED, SMALL, STRIPES, WORDS, NativeError, from_tiles,
                             instructions, native_linear, native_weights, to_tiles)
 
+try:
+    import pwd
+except ImportError:         # Windows: HOME or XDG_CACHE_HOME says where the cache is
+    pwd = None
+
 HOME = Path(__file__).resolve().parent
 SOURCES = ("vectors.h", "products.h", "encoder.cpp")        # the last one is compiled, and includes the others
 SIGNATURES = {
@@ -42,14 +47,19 @@ def compiler():
     return command
 
 
-def compile_native(path, options):
-    """Compile the sources to the shared library `path`, whole or not at all. NativeError if that fails."""
+def compile_native(folder, name, options):
+    """Compile the sources to a shared library in `folder`, whole, on the disk, or not at all. Returns its path, `name`
+    and the hash of its content. NativeError if that fails."""
     command = [*compiler(), "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *options, str(HOME / SOURCES[-1])]
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:       # nobody else writes there
-            partly = Path(folder) / path.name
+        with tempfile.TemporaryDirectory(dir=folder) as inside:            # nobody else writes there
+            partly = Path(inside) / "library.so"
             subprocess.run([*command, "-o", str(partly)], check=True, capture_output=True, text=True, timeout=600)
+            path = folder / f"{name}-{content_hash(partly)}.so"
+            with open(partly, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(partly, path)
+            return path
     except (OSError, subprocess.SubprocessError) as error:
         messages = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         lines = (messages or str(error)).splitlines()
@@ -57,12 +67,48 @@ def compile_native(path, options):
         raise NativeError(f"engine native: {compiler()[0]} cannot compile {SOURCES[-1]}: {reason}") from None
 
 
-def open_native(path):
-    """A compiled library -> its functions. NativeError if it cannot be loaded or brings its own threads."""
+def content_hash(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+
+
+def cached_native(folder, name):
+    """The library of that name in a folder, None if there is none whose content is still what it was: to load a file
+    that lost its end, or a page, would kill the process."""
+    with contextlib.suppress(OSError):
+        return next((path for path in sorted(folder.glob(name + "-*.so")) if path.stem.endswith(content_hash(path))),
+                    None)
+
+
+def cache_folder():
+    """(where compiled libraries are kept: prune-once-for-all in $XDG_CACHE_HOME or ~/.cache, made if need be; None). Or
+    (None, why there is none). It is absolute, and a folder of this user that nobody else may write to: what lies there
+    is loaded and run."""
+    place = os.environ.get("XDG_CACHE_HOME") or ""
+    folder = Path(place if os.path.isabs(place) else os.path.join(home_folder(), ".cache")) / "prune-once-for-all"
+    if not folder.is_absolute():
+        return None, "this user has no home folder; name a folder for it in XDG_CACHE_HOME"
     try:
-        library = ctypes.CDLL(str(path))
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
     except OSError as error:
-        raise NativeError(f"engine native: {path} cannot be loaded ({error}); delete it") from None
+        return None, f"its cache {folder} cannot be used: {error.strerror}"
+    if hasattr(os, "getuid") and (facts.st_uid != os.getuid() or facts.st_mode & 0o022):
+        return None, f"its cache {folder} is not this user's, or others may write to it, and what lies there is run"
+    return folder, None
+
+
+def home_folder():
+    """Of this user, "" where there is none: in a container a user need not have a name."""
+    if os.environ.get("HOME"):
+        return os.environ["HOME"]
+    with contextlib.suppress(KeyError, AttributeError):
+        return pwd.getpwuid(os.getuid()).pw_dir
+    return ""
+
+
+def open_native(path):
+    """A compiled library -> its functions. OSError if it cannot be loaded, NativeError if it brings its own threads."""
+    library = ctypes.CDLL(str(path))
     with contextlib.suppress(OSError, AttributeError, StopIteration):           # a torch without OpenMP has no threads
         torchs = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
         pools = {ctypes.cast(each.omp_get_max_threads, POINTER).value for each in (library, torchs)}
@@ -87,32 +133,54 @@ def processor():
 def native_library(bits, say):
     """The library for this CPU and activations of so many bits, from the cache or compiled now, and checked.
 
-    The cache is prune-once-for-all in $XDG_CACHE_HOME or ~/.cache; a file's name is the hash of all it was made from.
-    Raises NativeError, one sentence, where the engine cannot be had; `say` is told what is not as it should be.
+    A cached file's name is the hash of all that it was made from, and that of its content. Without a usable cache, the
+    library is compiled anew in a temporary folder. Raises NativeError, one sentence, where the engine cannot be had;
+    `say` is told what is not as it should be.
     """
+    name, options = made_from(bits)
+    library = library_from_cache(name, options, say)
+    if library is None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="native-") as folder:
+                library = open_native(compile_native(Path(folder), name, options))
+        except OSError as error:
+            raise NativeError(f"engine native: there is no folder to compile it in and to run it from ({error}); name "
+                              f"one in XDG_CACHE_HOME or TMPDIR") from None
+    check_sums(library, bits, say)
+    check_floats(library)
+    return library
+
+
+def made_from(bits):
+    """(name of the library, a hash of all that it is made from; the compiler's options). NativeError without a compiler
+    that runs."""
     options = ["-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
                f"-DACTIVATION_BITS={bits}"]
     try:
         version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeError(f"engine native: the compiler {compiler()[0]} does not run: {error}") from None
-    recipe = repr(([(HOME / source).read_text() for source in SOURCES], compiler(), version, options, processor()))
-    name = f"native-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "prune-once-for-all"
-    with tempfile.TemporaryDirectory(prefix="native-") as temporary:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / name).is_file():
-                tempfile.TemporaryFile(dir=folder).close()          # may we write there?
-        except OSError as error:
-            say(f"engine native is compiled anew each time, for its cache {folder} cannot be used: {error.strerror}")
-            folder = Path(temporary)
-        if not (folder / name).is_file():
-            compile_native(folder / name, options)
-        library = open_native(folder / name)
-    check_sums(library, bits, say)
-    check_floats(library)
-    return library
+    sources = [(HOME / source).read_text(encoding="utf-8") for source in SOURCES]
+    everything = repr((sources, compiler(), version, options, processor()))
+    return f"native-{hashlib.sha256(everything.encode()).hexdigest()[:24]}", options
+
+
+def library_from_cache(name, options, say):
+    """The library from the cache, compiled into it if it is not there. None if there is no cache that it can be run
+    from, and `say` is told why."""
+    folder, reason = cache_folder()
+    try:
+        path = folder and cached_native(folder, name)
+        if folder and not path:
+            tempfile.TemporaryFile(dir=folder).close()          # may we write there?
+            path = compile_native(folder, name, options)
+            for damaged in set(folder.glob(name + "*.so")) - {path}:
+                damaged.unlink()
+        if path:
+            return open_native(path)
+    except OSError as error:
+        reason = f"its cache {folder} cannot be used: {error.strerror or error}"
+    say(f"engine native is compiled anew each time: {reason}")
 
 
 def check_sums(library, bits, say):
