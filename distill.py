@@ -96,15 +96,16 @@ def pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_wei
     if teacher is not None:
         with torch.no_grad():
             teacher_features, teacher_next_sentence = teacher(*inputs, positions)
-    kd_count = count["tokens"] if everywhere else count["masked"]
+    masked_count = max(1, count["masked"])                  # where there is no word to predict, the term is 0
+    kd_count = count["tokens"] if everywhere else masked_count
     total, mlm, kd = vocabulary_loss(student, teacher, features, teacher_features, batch["labels"][positions],
-                                     (1 - kd_weight if teacher else 1.0) / count["masked"], kd_weight / kd_count,
+                                     (1 - kd_weight if teacher else 1.0) / masked_count, kd_weight / kd_count,
                                      temperature)
-    parts = {"mlm": mlm / count["masked"], **({"kd": kd / kd_count} if teacher else {})}
+    parts = {"mlm": mlm / masked_count, **({"kd": kd / kd_count} if teacher else {})}
     if next_sentence is not None:
         hard = F.cross_entropy(next_sentence.float(), batch["next_sentence_label"], reduction="sum") / count["rows"]
         soft = {}
-        if teacher is not None:
+        if teacher is not None and teacher_next_sentence is not None:       # DistilBERT has none
             soft = {"kd_nsp": soft_loss(next_sentence, teacher_next_sentence, temperature) / count["rows"]}
         sentence_total, sentence_parts = combine({"nsp": hard}, soft, kd_weight)
         total, parts = total + sentence_total, {**parts, **sentence_parts}

@@ -10,10 +10,8 @@
     python train.py --stage evaluate --task sst2 --init DIR      the task's metrics of a finished directory
     torchrun --nproc_per_node=8 train.py --stage prune ...       one stage in eight processes, the same batches in all
 """
-import json
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -26,20 +24,24 @@ import model as network
 import prune
 import quant
 from data import DataError, shards, tasks, text
-from data.batches import batches_ahead, to_device
+from data.batches import batches_ahead, dropout_seed, to_device
+from data.encode import check_pairs, evaluation_data, match_classes, tokenizer_of
 from data.recipes import RECIPES
-from data.settings import (LEAST_SPARSITY, check_device, check_length, check_numbers, check_stage, corpus_path,
-                           data_folder, files_of, follow_zeros, preset_for, pretraining_data, recipe_for)
+from data.settings import (LEAST_SPARSITY, check_device, check_length, check_numbers, check_stage, check_teacher,
+                           corpus_path, data_folder, deciding, follow_zeros, free_zeros, preset_for, pretraining_data,
+                           recipe_for)
 from formats import model_directory, run
-from formats.command import Parser, add_settings
-from formats.config import read_config
-from formats.files import write_file
+from formats.command import Parser, add_settings, show_any_letter
+from formats.config import compression_of, read_config
+from formats.files import write_file, write_json
 from formats.hub import locate
 from formats.int8 import write_int8
-from formats.machine import cores, has_bf16, keep_freed_memory, processor_name
-from formats.processes import (add_gradients, demand_agreement, join_processes, leave_processes, processes, rank,
+from formats.machine import cores, default_activation_bits, has_bf16, keep_freed_memory
+from formats.model_directory import kind_of
+from formats.processes import (add_gradients, demand_agreement, join_processes, leave_processes, processes,
                                started_together, summed)
-from formats.report import TABLE_HEAD, format_kinds, format_metrics, format_report, table_line, wrapped_settings
+from formats.report import (engine_report, format_kinds, format_metrics, format_report, format_table, table_line,
+                            wrapped_settings)
 from model import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -101,8 +103,6 @@ CHOICES = {
     "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
     "activation_bits": (7, 8),
 }
-# May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums.
-NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "threads")
 LARGEST_GRADIENT = 1.0     # its norm is cut down to that, as in BERT's own training (arXiv 1810.04805, its code)
 
 
@@ -128,9 +128,9 @@ def resolve(typed, stage=None):
     if s.sparsity != 0:
         s.sparsity = prune.resolve_sparsity(s.sparsity, prune.parse_pattern(s.pattern))
     s.mask = s.mask or allowed_masks(s)[0]
-    s.micro_batch = s.micro_batch or s.batch_size
-    s.activation_bits = s.activation_bits or quant.default_activation_bits()
-    s.threads = s.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    defaults = {"micro_batch": s.batch_size, "activation_bits": default_activation_bits(),
+                "threads": max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))}
+    s = replace(s, **{name: value for name, value in defaults.items() if getattr(s, name) is None})
     check_numbers(s)
     check_stage(s, allowed_masks(s))
     check_device(s)
@@ -227,79 +227,74 @@ def run_stage(s):
     init, teacher_directory = parents_of(s)
     out = directory_of(s, row_of(s))
     if run.demand_free(out, s.resume):
+        run.demand_same_result(out, **deciding(s, init, teacher_directory))
         run.clear_checkpoints(out)                        # a process killed at its very end leaves them
         print(f"{out}: already finished, kept as it is")
         return out
-    join_processes(s.batch_size, s.device)
+    join_processes(s.batch_size, s.micro_batch, s.device)
     torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
     notes = []
     model, tokenizer, data = build_model_and_data(s, init, notes.append)
-    teacher = load_teacher(s, teacher_directory, model, data, notes.append)
-    prepare_layers(s, model)
+    teacher = load_teacher(s, teacher_directory, model, tokenizer, data, notes.append)
+    prepare_layers(s, model, notes.append)
     if init and prune.measured_sparsity(model) >= LEAST_SPARSITY:
         notes += format_kinds(model)
     s.steps = s.steps or max(1, round(s.epochs * len(data) / s.batch_size))
-    s.epochs = None
-    inputs = {name: run.fingerprint(paths) for name, paths in files_of(s, init, teacher_directory).items()}
-    state = run.newest_checkpoint(out, deciding(s), inputs, notes.append)
-    demand_agreement({**deciding(s), "files": inputs, "checkpoint": state and state["step"]})
-    log = run.begin_directory(out, state, run.describe_run(asdict(s), init, teacher_directory, inputs, HERE))
+    decided = deciding(s, init, teacher_directory)
+    state = run.newest_checkpoint(out, **decided, say=notes.append)
+    demand_agreement({**decided["settings"], "files": decided["inputs"], "checkpoint": state and state["step"]})
+    log = run.begin_directory(out, state, run.describe_run(asdict(s), decided, init, teacher_directory, HERE))
     log.say(f"{s.stage}: {out}")
     for line in [*notes, *wrapped_settings(asdict(s))]:
         log.say("  " + line)
     log.say(f"  {network.count_parameters(model):,} parameters, {s.steps:,} steps of {s.batch_size} rows, "
             f"{len(data):,} rows an epoch; starts from {init or 'random weights'}, "
             f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
-    seconds = train(s, model.to(s.device), teacher, data, inputs, log, out, state)
-    leave_processes()                                     # the rest is for one
-    if log.directory:
-        finish_stage(s, model, tokenizer, data, log, seconds)
+    try:
+        seconds = train(s, model.to(s.device), teacher, data, decided, log, out, state)
+        leave_processes()                                 # the rest is for one
+        if log.directory:
+            finish_stage(s, model, tokenizer, data, log, seconds)
+    finally:
+        log.close()
     return out
-
-
-def deciding(s):
-    """{setting: value} of those that decide what is computed."""
-    return {name: value for name, value in asdict(s).items() if name not in NOT_PART_OF_THE_RUN}
 
 
 def build_model_and_data(s, init, say):
     """(model, tokenizer, data) of any stage; `say` is told what there is to say about them."""
     config = read_config(init)[0] if init else network.PRESETS[s.preset]
     if init:
-        tokenizer = text.load_tokenizer(init)
+        tokenizer = tokenizer_of(init)
     else:
         tokenizer = shards.corpus_tokenizer(corpus_path(s), config.vocab_size)
-        config = replace(config, vocab_size=tokenizer.get_vocab_size())
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{init}: the vocabulary has {tokenizer.get_vocab_size()} entries and the model "
-                         f"{config.vocab_size}")
+        config = replace(config, vocab_size=text.vocabulary_rows(tokenizer))
     check_length(s.max_len, config)
     if row_of(s).data == "text":
         data = pretraining_data(s, tokenizer, s.max_len, config)
-        kind, num_labels = "pretraining", None
+        kind, task = "pretraining", None
+        check_pairs(config, data.next_sentence, init)
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
-        kind, num_labels = data.kind, len(data.labels) if data.kind == "classification" else None
-        for note in data.notes():
-            say(note)
+        kind, task = data.kind, data.task
+        check_pairs(config, len(task.text_columns) != 1, init)
+    for note in data.notes():
+        say(note)
     if init:
-        model = model_directory.load(init, kind, num_labels, fresh_head=s.stage != "quantize", say=say)
-    else:
-        model = network.build(config, kind, num_labels or 2)
-    return model, tokenizer, data
+        return model_directory.load(init, kind, fresh_head=s.stage != "quantize", say=say, task=task), tokenizer, data
+    return network.build(config, kind, len(data.labels) if kind == "classification" else 2), tokenizer, data
 
 
-def load_teacher(s, directory, model, data, say):
+def load_teacher(s, directory, model, tokenizer, data, say):
     """The model to distil from, frozen; None without a directory."""
     if directory is None:
         return None
-    classes = {"num_labels": len(data.labels)} if model.kind == "classification" else {}
-    teacher = model_directory.load(directory, model.kind, **classes, say=say)
+    check_teacher(directory, model, tokenizer, say)
+    teacher = model_directory.load(directory, model.kind, say=say, task=getattr(data, "task", None))
     return network.freeze(teacher.to(s.device), torch.bfloat16 if s.precision == "bf16" else torch.float32)
 
 
-def prepare_layers(s, model):
+def prepare_layers(s, model, say=print):
     """Bring the slots of every Linear, and dropout, into the state that the stage begins with."""
     if s.dropout is not None:
         network.set_dropout(model, s.dropout)
@@ -309,6 +304,8 @@ def prepare_layers(s, model):
         if prune.measured_sparsity(model) < LEAST_SPARSITY:
             raise InputError(f"--stage {s.stage} locks the zeros of the model it starts from, and {s.init or 'that'} "
                              f"has next to none; prune it first, or give --sparsity 0 for a dense model")
+    elif s.mask == "dense":
+        free_zeros(model, say)
     if row_of(s).rounded:
         quant.prepare(model, s.activation_bits, s.weight_scales)
         quant.round_embeddings(model)
@@ -339,7 +336,7 @@ def make_optimizer(s, model):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(s, model, teacher, data, inputs, log, out, state):
+def train(s, model, teacher, data, decided, log, out, state):
     """Optimizer steps from the checkpoint's to s.steps. Batches, dropout, learning rate and sparsity are pure functions
     of (seed, step), so a resumed run ends with the same bits. Returns seconds spent training, earlier sessions
     included."""
@@ -350,13 +347,15 @@ def train(s, model, teacher, data, inputs, log, out, state):
     model.train()
     with run.interrupts() as interrupted, run.Progress(s.stage, first, s.steps, log, earlier) as progress:
         for step, batches in batches_ahead(data, first, s.steps, s.batch_size, s.micro_batch, s.device):
-            torch.manual_seed((s.seed * 1_000_003 + step) * 64 + rank())                                  # dropout
+            if row_of(s).rounded and step == 0:
+                look_at_ranges(s, model, batches)
             rate = s.lr * prune.learning_rate_factor(step, s.steps, warmup, ramp)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             denominators = summed(distill.denominators(batches), s.device)
             total, terms = 0.0, {}
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                torch.manual_seed(dropout_seed(s, step, number))
                 with autocast(s):
                     loss, parts = distill.loss(model, teacher, batch, denominators, s.temperature, s.kd_weight,
                                                s.kd_positions)
@@ -370,6 +369,8 @@ def train(s, model, teacher, data, inputs, log, out, state):
             demand_finite(s, step, figures["loss"], norm, out)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if row_of(s).rounded:
+                quant.update_ranges(model)
             if ramp and prune.updates_at(step, ramp):
                 prune.update_masks(model, step, ramp, pattern)
                 sparsity = prune.measured_sparsity(model)
@@ -377,13 +378,22 @@ def train(s, model, teacher, data, inputs, log, out, state):
             progress.show(step + 1, denominators["tokens"],
                           {**figures, "learning_rate": rate, "sparsity": sparsity, "gradient_norm": norm})
             if (progress.save_is_due() or stop) and log.directory:
-                run.save_checkpoint(out, asdict(s), inputs, model, optimizer, step + 1, progress.seconds())
+                run.save_checkpoint(out, decided, model, optimizer, step + 1, progress.seconds())
                 progress.note_save()
             if stop:
                 progress.bar.close()
                 log.say(f"stopped after step {step + 1} of {s.steps}; go on with the same command and --resume")
                 sys.exit(130)
         return progress.seconds()
+
+
+@torch.no_grad()
+def look_at_ranges(s, model, batches):
+    """Before the first step, which is rounded too: the activation ranges over its whole batch."""
+    for number, batch in enumerate(batches):
+        torch.manual_seed(dropout_seed(s, 0, number))
+        model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    quant.update_ranges(model)
 
 
 def autocast(s):
@@ -423,7 +433,7 @@ def finish_stage(s, model, tokenizer, data, log, seconds):
               "file_bytes": {path.name: path.stat().st_size for path in files}, "steps": s.steps,
               "training_seconds": seconds}
     log.say(format_metrics(metrics) + f", sparsity {sparsity:.4%}, {seconds:,.0f} s of training; wrote {out}")
-    write_file(out / "metrics.json", json.dumps(result, indent=1))
+    write_json(out / "metrics.json", result)
     run.clear_checkpoints(out)
 
 
@@ -442,6 +452,8 @@ def evaluate(s, model, data):
         for batch in batches:
             for name, value in distill.loss(model, None, batch, denominators)[1].items():
                 sums[name] = sums.get(name, 0.0) + value
+    if not denominators["masked"]:
+        sums.pop("mlm")                                   # there was no word to predict
     return {f"validation_{name}_loss": value for name, value in sums.items()}
 
 
@@ -451,22 +463,19 @@ def run_evaluate(s):
         raise InputError("--stage evaluate needs --init DIR, the model directory to evaluate")
     torch.set_num_threads(s.threads)
     init = locate(s.init)
-    config, raw = read_config(init)
-    compression = raw.get("compression", {})
-    tokenizer = text.load_tokenizer(init)
-    usual = tasks.TASKS[s.task].max_length if s.task else 128
-    length = s.max_len or compression.get("max_len") or min(usual, config.max_position_embeddings)
-    check_length(length, config)
-    if s.task:
-        data = tasks.TaskData(s.task, data_folder(s), tokenizer, length, splits=("dev",))
-        for note in data.notes():
-            print(note)
-        model = model_directory.load(init, data.kind)
-        if "activation_bits" in compression:
-            quant.prepare(model, compression["activation_bits"], compression["weight_scales"])
+    (kind, config, _), compression = kind_of(init), compression_of(init)
+    if kind == "pretraining" and not s.task:
+        length = s.max_len or compression.get("max_len") or min(128, config.max_position_embeddings)
+        check_length(length, config)
+        data = pretraining_data(s, tokenizer_of(init), length, config)
     else:
-        data = pretraining_data(s, tokenizer, length, config)
-        model = model_directory.load(init, "pretraining")
+        s.task, data = evaluation_data(init, kind, s.task, s.data, s.max_len)
+    for note in data.notes():
+        print(note)
+    model = model_directory.load(init, kind)
+    match_classes(data, model, init)
+    if "activation_bits" in compression:
+        quant.prepare(model, compression["activation_bits"], compression["weight_scales"])
     if prune.measured_sparsity(model) >= LEAST_SPARSITY:
         print("\n".join(format_kinds(model)))
     metrics = evaluate(s, model.to(s.device), data)
@@ -486,28 +495,15 @@ def run_all(typed):
     chains = [(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"),
                *(resolve({**later, "task": task}, stage) for stage in ("finetune", "quantize")))
               for task in ([typed["task"]] if "task" in typed else tasks.TASKS)]
-    run_stage(base)
-    run_stage(pruned)
-    lines = []
+    directories, lines = [run_stage(base), run_stage(pruned)], []
     for chain in chains:
-        task, directories = chain[-1].task, [run_stage(s) for s in chain]
-        engine = engine_report(chain[-1], directories[-1])
-        lines.append(table_line(task, tasks.TASKS[task].metric, *directories, engine))
-    table = "\n".join([TABLE_HEAD, *lines, f"{time.monotonic() - started:,.0f} s in all, {base.threads} threads, "
-                       f"seed {base.seed}, {processor_name()}, torch {torch.__version__}"])
+        task, own = chain[-1].task, [run_stage(s) for s in chain]
+        engine = engine_report(HERE / "infer_cpu.py", own[-1], task, chain[-1].data, chain[-1].threads)
+        lines.append(table_line(task, tasks.TASKS[task].metric, *own, engine))
+        directories += own
+    table = format_table(lines, directories, time.monotonic() - started)
     print("\n" + table)
     write_file(Path(base.out) / "table.txt", table + "\n")
-
-
-def engine_report(s, directory):
-    """A task's metrics through the real INT8 engine, infer_cpu.py: what a person would type, in its own process."""
-    report = directory / "infer.json"
-    command = [sys.executable, str(HERE / "infer_cpu.py"), str(directory), "--engine", "auto", "--evaluate", "--task",
-               s.task, "--threads", str(s.threads), "--agreement", "--json", str(report)] + (
-                   ["--data", s.data] if s.data else [])
-    if subprocess.run(command).returncode:
-        raise InputError(f"the INT8 engine could not evaluate {directory}; its message stands above")
-    return json.loads(report.read_text())
 
 
 def start(typed):
@@ -527,6 +523,7 @@ def start(typed):
 
 
 def main(arguments=None):
+    show_any_letter()
     typed = parse_settings(arguments)
     keep_freed_memory()
     try:

@@ -3,7 +3,7 @@ computes. `data` is a text.PretrainingData or a tasks.TaskData.
 """
 from concurrent.futures import ThreadPoolExecutor
 
-from formats.processes import processes, rank
+from formats.processes import processes, rank, started_together
 
 
 def batches_ahead(data, first, steps, batch_size, micro_batch, device):
@@ -26,3 +26,15 @@ def batches_of(data, step, batch_size, micro_batch):
 
 def to_device(batch, device):
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def rows_at_once(s):
+    """Rows of a forward pass under these settings, a train.Settings."""
+    return min(s.micro_batch, s.batch_size // started_together())
+
+
+def dropout_seed(s, step, number):
+    """The seed of a forward pass's dropout, from its first row's place in the batch: it does not matter which process
+    computes it. number: of this process's micro-batches."""
+    first = rank() * (s.batch_size // processes()) + number * s.micro_batch
+    return ((s.seed * 1_000_003 + step) * 1_000_003 + first) % 2 ** 63

@@ -1,27 +1,39 @@
 """What the settings of train.py lead to, and which of them cannot be. `s` is a train.Settings throughout."""
 import contextlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import prune
 from data import corpus, shards, tasks, text, tiny
+from data.batches import rows_at_once
+from data.encode import tiny_world, tokenizer_of
 from data.recipes import RECIPES
 from formats import model_directory
+from formats.command import MOST_THREADS
 from formats.config import preset_of, read_config
 from formats.hub import locate
 from formats.machine import has_bf16
 from formats.names import published_name
-from model import InputError
+from formats.run import fingerprint
+from model import PRESETS, InputError
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
+
+# May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums. --micro-batch
+# does where there is dropout, whose random numbers are drawn per forward pass: see `deciding`.
+NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "threads")
 
 
 def preset_for(s):
     """The size that the recipe is for, or that --init has; else tiny. InputError if these two differ."""
     wanted = RECIPES[s.recipe]["model"]["preset"] if s.recipe else ""
     shape = preset_of(locate(s.init)) if s.init not in ("", "random") else ""
+    if shape is None:
+        raise InputError(f"{s.init} has the shape of no preset; name the recipe to use with --preset "
+                         f"{'|'.join(PRESETS)}")
     if wanted and shape and shape != wanted:
         raise InputError(f"--recipe {s.recipe} is for {wanted}, and {s.init} is a {shape}; take another of the two, or "
                          f"give --preset {shape} as well")
@@ -72,13 +84,50 @@ def encoder_masks(directory):
             record.get("pattern") if isinstance(record, dict) else None)
 
 
+def free_zeros(model, say):
+    """A dense stage trains all weights: masks that lay beside the model are laid off, and `say` is told of zeros."""
+    for _, layer in prune.prunable(model):
+        layer.mask.fill_(True)
+    sparsity = prune.measured_sparsity(model)
+    if sparsity >= LEAST_SPARSITY:
+        say(f"{sparsity:.1%} of the weights it starts from are zero, and are trained like all others; leave out "
+            f"--sparsity 0 to keep them zero")
+
+
+def has_dropout(s, init):
+    """Is anything dropped in training? init: the directory to start from, or None."""
+    config = read_config(init)[0] if init else PRESETS[s.preset]
+    own = (config.hidden_dropout_prob, config.attention_dropout_prob, config.classifier_dropout,
+           config.span_dropout if config.model_type == "distilbert" else 0.0)
+    return (max(own) if s.dropout is None else s.dropout) > 0
+
+
+def check_teacher(directory, model, tokenizer, say):
+    """InputError unless an id means the same to the teacher in `directory` as to the student; `say` is told of a term
+    of the loss that this teacher does not have."""
+    theirs, ours = tokenizer_of(directory).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        other = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+                    key=lambda token: (ours.get(token, 2 ** 31), token))
+        raise InputError(f"the teacher {directory} has another vocabulary than the student: {other!r} is "
+                         f"{theirs.get(other, 'not in it')}, and {ours.get(other, 'not in it')} in the student's; give "
+                         f"a teacher of the same vocabulary, or --teacher none")
+    config = read_config(directory)[0]
+    if model.kind == "pretraining" and config.vocab_size != model.config.vocab_size:
+        raise InputError(f"the teacher {directory} predicts {config.vocab_size} tokens and the student "
+                         f"{model.config.vocab_size}; give a teacher of the same vocabulary, or --teacher none")
+    if model.kind == "pretraining" and config.model_type == "distilbert" != model.config.model_type:
+        say(f"the teacher {directory} has no next-sentence head: that term comes from the labels alone")
+
+
 def check_numbers(s):
     """InputError for a number outside its range."""
     def demand(good, name, expected):
         if not good:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)} is out of range; give {expected}")
 
-    for name in ("steps", "epochs", "batch_size", "micro_batch", "threads"):
+    demand(0 < s.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}")
+    for name in ("steps", "epochs", "batch_size", "micro_batch"):
         demand(getattr(s, name) is None or getattr(s, name) > 0, name, "a number above 0")
     for name in ("lr", "temperature"):
         demand(0 < getattr(s, name) < math.inf, name, "a number above 0")
@@ -121,16 +170,27 @@ def check_device(s):
         raise InputError(f"--precision bf16: this {s.device} does not multiply bf16 in hardware; use --precision fp32")
 
 
+def deciding(s, init, teacher):
+    """What decides what is computed: {"settings": {setting: value}, "inputs": {setting: fingerprint of its files}}.
+    Where there is dropout, the settings include the rows of a forward pass; else these change the rounding alone."""
+    settings = {name: value for name, value in asdict(s).items() if name not in NOT_PART_OF_THE_RUN}
+    if has_dropout(s, init):
+        settings["micro_batch"] = rows_at_once(s)
+    return {"settings": settings, "inputs": {name: fingerprint(paths) for name, paths in
+                                             files_of(s, init, teacher).items()}}
+
+
 def files_of(s, init, teacher):
     """{setting: the files that it leads to}, whose content decides what is computed."""
     def of_model(directory):
         return [path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin")
-                or path.name in ("config.json", "tokenizer.json", "vocab.txt")]
+                or path.name in ("config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json",
+                                 "added_tokens.json", "special_tokens_map.json")]
 
     files = {name: of_model(directory) for name, directory in (("init", init), ("teacher", teacher)) if directory}
     if s.task:
         folder = data_folder(s) / tasks.TASKS[s.task].folder
-        files["data"] = [path for path in folder.iterdir() if path.is_file()]
+        files["data"] = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     else:
         tokens = corpus_path(s) / "index.json"            # of a folder of tokens: it names the text they come from
         files["corpus"] = [tokens] if tokens.is_file() else corpus.corpus_files(corpus_path(s))
@@ -143,7 +203,10 @@ def data_folder(s):
 
 
 def corpus_path(s):
-    return tiny.ensure() / "corpus.txt" if s.corpus == "tiny" else Path(s.corpus)
+    if s.corpus != "tiny":
+        return Path(s.corpus)
+    folder = tiny_world(locate(s.init), "--corpus TEXT") if s.stage == "evaluate" else tiny.ensure()
+    return folder / "corpus.txt"
 
 
 def pretraining_data(s, tokenizer, length, config):

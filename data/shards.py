@@ -35,11 +35,7 @@ from tqdm import tqdm
 from data import DataError
 from data.corpus import Documents, corpus_files, no_text, sentences, stored_documents
 from data.text import Shard, load_tokenizer, save_tokenizer, token_type, tokenize, train_tokenizer
-
-try:
-    import fcntl
-except ImportError:         # Windows: two processes that prepare the same corpus at once are not kept apart
-    fcntl = None
+from formats.files import lock_folder, unlock
 
 VERSION = 1                 # of the folder; raised when the same text would give other bytes
 SMALL = 64 << 20            # bytes of text from which on it is kept in shards
@@ -175,19 +171,15 @@ def write_whole(path: Path, parts: Iterable) -> None:
 @contextlib.contextmanager
 def alone(folder: Path):
     """Waits until no other process writes into the folder."""
-    if not fcntl:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: waiting for another process that prepares the same text", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = lock_folder(folder)
+    except BlockingIOError:
+        print(f"{folder}: waiting for another process that prepares the same text", file=sys.stderr)
+        descriptor = lock_folder(folder, wait=True)
+    try:
         yield
     finally:
-        os.close(descriptor)
+        unlock(descriptor)
 
 
 def prepare(corpus: str | Path, tokenizer: Tokenizer, folder: str | Path | None = None) -> Path:

@@ -25,13 +25,17 @@ def started_together():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_processes(batch_size, device):
+def join_processes(batch_size, micro_batch, device):
     """Meet the other processes, if torchrun started several. InputError where they cannot share a batch."""
     count = started_together()
     if count == 1:
         return
     if batch_size % count:
         raise InputError(f"--batch-size {batch_size} cannot be shared by {count} processes; give a multiple of them")
+    share = batch_size // count
+    if share % min(micro_batch, share):
+        raise InputError(f"--micro-batch {micro_batch} does not divide the {share} rows of each of {count} processes; "
+                         f"give a divisor of them")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=SILENCE)

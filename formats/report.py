@@ -1,7 +1,10 @@
 """Tables that a run prints, from what its files hold and its layers count."""
 import json
+import subprocess
+import sys
 
 import prune
+from model import InputError
 
 
 def format_report(rows):
@@ -50,6 +53,17 @@ def wrapped_settings(settings):
     return lines
 
 
+def engine_report(program, directory, task, data, threads):
+    """A task's metrics through the real INT8 engine: what a person would type, in its own process, and what it wrote.
+    program: the path of infer_cpu.py; data: as --data has it."""
+    report = directory / "infer.json"
+    command = [sys.executable, str(program), str(directory), "--engine", "auto", "--evaluate", "--task", task,
+               "--threads", str(threads), "--agreement", "--json", str(report)] + (["--data", data] if data else [])
+    if subprocess.run(command).returncode:
+        raise InputError(f"the INT8 engine could not evaluate {directory}; its message stands above")
+    return json.loads(report.read_text())
+
+
 TABLE_HEAD = (f"{'task':<6} {'metric':<12} {'dense':>7} {'sparse':>7} {'INT8':>7}  {'sparsity':>8}  "
               f"{'dense MB':>8} {'INT8 MB':>8}  engine")
 
@@ -61,3 +75,16 @@ def table_line(task, metric, dense, sparse, int8, engine):
     return (f"{task:<6} {metric:<12} {before['metrics'][metric]:>7.2%} {pruned['metrics'][metric]:>7.2%} "
             f"{engine['metrics'][metric]:>7.2%}  {rounded['sparsity']:>8.2%}  "
             f"{megabytes[0]:>8.2f} {megabytes[1]:>8.2f}  {engine['engine']}")
+
+
+def format_table(lines, directories, seconds):
+    """The final table. directories: of all stages, whose files say on what they were made; seconds: since the start."""
+    made = [json.loads((path / "run.json").read_text()) for path in directories]
+    training = sum(json.loads((path / "metrics.json").read_text())["training_seconds"] for path in directories)
+
+    def of_all(values):
+        return " and ".join(dict.fromkeys(map(str, values)))
+    return "\n".join([TABLE_HEAD, *lines, f"{seconds:,.0f} s in all, {training:,.0f} s of training, "
+                      f"{of_all(run['settings']['threads'] for run in made)} threads, seed "
+                      f"{of_all(run['settings']['seed'] for run in made)}, {of_all(run['processor'] for run in made)}, "
+                      f"torch {of_all(run['torch'] for run in made)}"])

@@ -8,7 +8,6 @@
 import contextlib
 import csv
 import hashlib
-import json
 import platform
 import re
 import signal
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from formats.files import whole_file, write_file
+from formats.files import lock_folder, read_json, unlock, whole_file, write_file, write_json
 from formats.machine import cores, processor_name
 from formats.processes import processes, rank
 from model import InputError, linears
@@ -40,11 +39,12 @@ FINGERPRINT_BYTES = 32 << 20    # read of a file's beginning, and again of its e
 class Log:
     """`say` prints a line and appends it to log.txt; `row` appends a line to log.csv. Without a directory, silent.
 
-    begin_step: rows after it belong to steps that run again, and are removed.
+    lock: of `lock_folder`, which `close` gives up. begin_step: rows after it belong to steps that run again, and are
+    removed.
     """
 
-    def __init__(self, directory, begin_step=0):
-        self.directory, self.header = directory, False
+    def __init__(self, directory, begin_step=0, lock=None):
+        self.directory, self.header, self.lock = directory, False, lock
         if not directory:
             return
         self.table = directory / "log.csv"
@@ -61,7 +61,7 @@ class Log:
     def say(self, line=""):
         if self.directory:
             tqdm.write(line)
-            with open(self.directory / "log.txt", "a") as file:
+            with open(self.directory / "log.txt", "a", encoding="utf-8", errors="replace") as file:
                 file.write(line + "\n")
 
     def row(self, values):
@@ -73,6 +73,12 @@ class Log:
                 writer.writerow(values)
                 self.header = True
             writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in values.values())
+
+
+    def close(self):
+        """Let others into the directory."""
+        unlock(self.lock)
+        self.lock = None
 
 
 class Progress:
@@ -117,11 +123,11 @@ class Progress:
         self.saved = time.monotonic()
 
 
-def describe_run(settings, init, teacher, inputs, root):
-    """What run.json holds. settings: dict; inputs: fingerprints by setting; root: the folder of the program."""
+def describe_run(settings, decided, init, teacher, root):
+    """What run.json holds. settings: all of them; decided: as in `save_checkpoint`; root: the folder of the program."""
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"settings": settings, "parent": str(init) if init else None,
-            "teacher": str(teacher) if teacher else None, "fingerprints": inputs, "processes": processes(),
+    return {"settings": {**settings, **decided["settings"]}, "parent": str(init) if init else None,
+            "teacher": str(teacher) if teacher else None, "fingerprints": decided["inputs"], "processes": processes(),
             "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
             "machine": platform.machine(), "processor": processor_name(), "cores": cores(),
@@ -129,14 +135,26 @@ def describe_run(settings, init, teacher, inputs, root):
 
 
 def begin_directory(out, state, description):
-    """Make the stage's directory, clear away what a killed process left half-written, write run.json, return a Log."""
+    """Make the stage's directory and keep other runs out of it, clear away what a killed process left half-written,
+    write run.json, return a Log. InputError if another run is at work there."""
     if rank() > 0:
         return Log(None)
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.glob(".*.tmp"):
-        path.unlink()
-    write_file(out / "run.json", json.dumps(description, indent=1))
-    return Log(out, state["step"] if state else 0)
+    try:
+        lock = lock_folder(out)
+    except BlockingIOError:
+        raise InputError(f"{out} is being written to by another run; wait for its end, or write elsewhere with "
+                         f"--out") from None
+    try:
+        if demand_free(out, resume=state is not None):
+            raise InputError(f"{out} was finished by another run meanwhile; keep it with --resume")
+        for path in out.glob(".*.tmp"):
+            path.unlink()
+        write_json(out / "run.json", description)
+        return Log(out, state["step"] if state else 0, lock)
+    except BaseException:
+        unlock(lock)
+        raise
 
 
 def fingerprint(paths):
@@ -181,11 +199,22 @@ def demand_free(directory, resume):
     return False
 
 
-def save_checkpoint(directory, settings, inputs, model, optimizer, step, seconds):
-    """Latent weights, masks, activation ranges, optimizer, step; then remove all but the newest checkpoints, and those
+def demand_same_result(directory, settings, inputs):
+    """InputError unless the finished run in a directory had these settings and these files, as `newest_checkpoint` has
+    them."""
+    made = read_json(directory / "run.json")
+    if not isinstance(made.get("settings"), dict) or not isinstance(made.get("fingerprints"), dict):
+        raise InputError(f"{directory / 'run.json'} does not say with which settings it was made; write elsewhere with "
+                         f"--out, or remove {directory}")
+    demand_same_run(directory, {"settings": made["settings"], "inputs": made["fingerprints"]}, settings, inputs)
+
+
+def save_checkpoint(directory, decided, model, optimizer, step, seconds):
+    """Latent weights, masks, activation ranges, optimizer, step, and `decided`, the `settings` and `inputs` that
+    `newest_checkpoint` will compare; then remove all but the newest checkpoints, and those
     of later steps, which only a run that could not use them leaves behind."""
     layers = linears(model)
-    state = {"settings": settings, "inputs": inputs, "step": step, "seconds": seconds, "model": model.state_dict(),
+    state = {**decided, "step": step, "seconds": seconds, "model": model.state_dict(),
              "mask": {name: layer.mask for name, layer in layers},
              "act_range": {name: layer.act_range for name, layer in layers}, "optimizer": optimizer.state_dict()}
     path = directory / f"train-{step:09}.pt"
@@ -234,15 +263,18 @@ def read_checkpoint(path):
 
 
 def demand_same_run(path, state, settings, inputs):
-    """InputError unless a checkpoint was made with these settings and these files."""
+    """InputError unless a checkpoint, or a finished directory, was made with these settings and these files."""
+    place = path if path.is_dir() else path.parent
     for name, value in settings.items():
+        if name == ("epochs" if settings["steps"] else "steps"):            # of the two, one counts
+            continue
         if state["settings"].get(name) != value:
             raise InputError(f"{path} was made with --{name.replace('_', '-')} {state['settings'].get(name)}, and now "
-                             f"it is {value}; resume with the same settings, or remove {path.parent} to start again")
+                             f"it is {value}; resume with the same settings, or remove {place} to start again")
     for name, value in inputs.items():
         if state["inputs"].get(name) != value:
             raise InputError(f"{path} was made with other files than --{name} {settings[name]} leads to now; put the "
-                             f"old ones back, or remove {path.parent} to start again")
+                             f"old ones back, or remove {place} to start again")
 
 
 def restore(model, optimizer, state):
@@ -290,13 +322,13 @@ def out_of_memory(error):
         re.search("out of memory|allocate memory|bad_alloc|start new thread", str(error))))
 
 
-def reason_of(error):
-    """One sentence for what went wrong around the program; None for a fault of its own."""
+def reason_of(error, smaller="--micro-batch or --max-len", then="; --resume goes on from the last checkpoint"):
+    """One sentence for what went wrong around the program; None for a fault of its own. smaller: the flags that lower
+    the memory; then: what to do afterwards."""
     if out_of_memory(error):
-        return ("there is not enough memory; give a smaller --micro-batch or --max-len, and --resume to go on from the "
-                "last checkpoint")
+        return f"there is not enough memory; give a smaller {smaller}{then}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}; --resume goes on from the last checkpoint"
+        return f"{error.filename or 'a file'}: {error.strerror}{then}"
     torn = re.compile("gloo|NCCL|distributed|timeout|timed out|pair closure|connection", re.IGNORECASE)
     if dist.is_initialized() and isinstance(error, RuntimeError) and torn.search(str(error)):
-        return "another process of this run has stopped or is silent; --resume goes on from the last checkpoint"
+        return f"another process of this run has stopped or is silent{then}"

@@ -19,6 +19,7 @@ import train
 from data import DataError, shards
 from data.corpus import Documents, read_documents
 from data.text import CUTS, SPECIAL_TOKENS, PretrainingData, Shard, bert_tokenizer, save_tokenizer, tokenize
+from formats import files
 
 ROOT = Path(train.__file__).resolve().parent
 WORDS = "apple bread chair dream eagle forest garden honey island jungle".split()
@@ -290,7 +291,7 @@ def test_two_processes_share_the_work_of_one(text, small_shards, monkeypatch):
 
     threads = [threading.Thread(target=prepare) for _ in range(2)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    if shards.fcntl:
+    if files.fcntl:
         assert made == [1]
     assert sum(len(shard.documents) - 1 for shard in shards.map_shards(text.with_name("text.tokens"), TOKENIZER)) == 120
 

@@ -26,8 +26,8 @@ def stop_after(steps, arguments, out):
     def interrupt():
         save = run.save_checkpoint
 
-        def save_and_stop(s, inputs, directory, model, optimizer, step, seconds):
-            save(s, inputs, directory, model, optimizer, step, seconds)
+        def save_and_stop(directory, decided, model, optimizer, step, seconds):
+            save(directory, decided, model, optimizer, step, seconds)
             if step == steps:
                 os.kill(os.getpid(), signal.SIGINT)
         run.save_checkpoint = save_and_stop
@@ -89,10 +89,10 @@ def test_the_wait_for_a_checkpoint_begins_when_the_last_is_written(world, tmp_pa
         clock[0] += 60
         return update(*arguments)
 
-    def slow(directory, settings, inputs, model, optimizer, step, seconds):
+    def slow(directory, decided, model, optimizer, step, seconds):
         clock[0] += 600
         steps.append(step)
-        save(directory, settings, inputs, model, optimizer, step, seconds)
+        save(directory, decided, model, optimizer, step, seconds)
 
     monkeypatch.setattr(train.prune, "learning_rate_factor", step_of_a_minute)
     monkeypatch.setattr(run, "save_checkpoint", slow)
@@ -104,7 +104,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """A checkpoint with one bit changed is refused, or (where the bit means nothing) read as it was."""
     settings, model = train.asdict(train.Settings()), torch.nn.Linear(40, 30)
     optimizer = torch.optim.AdamW(model.parameters())
-    run.save_checkpoint(tmp_path, settings, {}, model, optimizer, 3, 1.5)
+    run.save_checkpoint(tmp_path, {"settings": settings, "inputs": {}}, model, optimizer, 3, 1.5)
     path = tmp_path / "train-000000003.pt"
     whole, generator, refused = path.read_bytes(), random.Random(0), 0
     expected = run.newest_checkpoint(tmp_path, settings, {}, [].append)
@@ -250,20 +250,8 @@ def together(arguments, folder, count=2, code=0, prepare=None):
         assert exit_code(child) == code, (folder / f"{number}.txt").read_text()
 
 
-@pytest.fixture(scope="session")
-def rows_of_one_length(tmp_path_factory):
-    """SST-2 in which every row has the same length: no padding, which activation ranges would see."""
-    folder = tmp_path_factory.mktemp("even")
-    (folder / "SST-2").mkdir()
-    for name, count in (("train.tsv", 64), ("dev.tsv", 32)):
-        words = random.Random(name).choices(["good", "bad"], k=count)
-        rows = [f"the {word} film\t{int(word == 'good')}" for word in words]
-        (folder / "SST-2" / name).write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    return folder
-
-
 @pytest.mark.parametrize("stage", DIRECTORIES)
-def test_two_processes_train_the_same_model(stage, world, chain, rows_of_one_length, tmp_path):
+def test_two_processes_train_the_same_model(stage, world, chain, tmp_path):
     """Dropout off, float32, 4 steps: the weights agree to float rounding, the masks and zeros exactly, and so does what
     is logged; process 1 writes and says nothing."""
     ends = []
@@ -275,8 +263,6 @@ def test_two_processes_train_the_same_model(stage, world, chain, rows_of_one_len
         shutil.rmtree(out / DIRECTORIES[stage])
         arguments = [*commands(world, out, steps=4)[stage], "--precision", "fp32", "--dropout", "0", "--update-every",
                      "0.25", "--lr", "1e-3"]
-        if stage not in ("pretrain", "prune"):
-            arguments += ["--data", str(rows_of_one_length)]
         together(arguments, out, count)
         ends.append(out / DIRECTORIES[stage])
     assert (tmp_path / "2" / "1.txt").read_text() == ""
@@ -294,6 +280,24 @@ def test_two_processes_train_the_same_model(stage, world, chain, rows_of_one_len
         assert all(float(before[name]) == pytest.approx(float(after[name]), rel=1e-3, abs=1e-6)
                    for name in before if name not in ("tokens_per_second", "seconds")), (before, after)
     assert json.loads((ends[1] / "run.json").read_text())["processes"] == 2
+
+
+def test_dropout_does_not_depend_on_the_number_of_processes(world, tmp_path):
+    """Its random numbers belong to a forward pass and its first row, whichever process computes it."""
+    ends = {}
+    for name, count, rows in (("one", 1, 4), ("two", 2, 4), ("whole", 1, 8)):
+        (tmp_path / name).mkdir()
+        together([*commands(world, tmp_path / name, steps=4)["pretrain"], "--precision", "fp32", "--dropout", "0.2",
+                  "--micro-batch", str(rows)], tmp_path / name, count)
+        ends[name] = weights(tmp_path / name / "pretrain")
+    for name, tensor in ends["one"].items():
+        assert torch.allclose(tensor, ends["two"][name], atol=2e-5), name
+    assert any(not torch.allclose(tensor, ends["whole"][name], atol=2e-5) for name, tensor in ends["one"].items())
+
+
+def test_processes_divide_their_rows_evenly(world, tmp_path):
+    together([*commands(world, tmp_path)["pretrain"], "--batch-size", "12", "--micro-batch", "4"], tmp_path, 2, 2)
+    assert "--micro-batch 4" in last_line(tmp_path / "0.txt") and "6 rows" in last_line(tmp_path / "0.txt")
 
 
 def test_resume_with_another_number_of_processes(world, chain, tmp_path, monkeypatch):

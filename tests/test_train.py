@@ -17,7 +17,7 @@ from conftest import DIRECTORIES, ROOT, SHORT, commands, fails, save_every
 import model as network
 import prune
 import train
-from data import batches, recipes
+from data import batches, encode, recipes
 from formats import model_directory, run, safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def test_evaluate_reads_what_the_stage_wrote(chain, world, capsys):
 
 def test_evaluate_takes_rows_as_typed_or_as_trained_or_as_published(chain, world, tmp_path, monkeypatch, capsys):
     """And for a model that records no length, BERT's own: 128, for SQuAD 384, if it has so many positions."""
-    lengths, TaskData = [], train.tasks.TaskData
-    monkeypatch.setattr(train.tasks, "TaskData", lambda *a, **k: lengths.append(a[3]) or TaskData(*a, **k))
+    lengths, TaskData = [], encode.TaskData
+    monkeypatch.setattr(encode, "TaskData", lambda *a, **k: lengths.append(a[3]) or TaskData(*a, **k))
     trained, foreign = chain / "sst2" / "teacher", tmp_path / "foreign"
     shutil.copytree(trained, foreign)
     config = json.loads((foreign / "config.json").read_text())
@@ -136,8 +136,8 @@ def test_evaluate_takes_rows_as_typed_or_as_trained_or_as_published(chain, world
     for directory, typed, expected in ((trained, [], 48), (trained, ["--max-len", "40"], 40), (foreign, [], 128)):
         train.main(["--stage", "evaluate", "--init", str(directory), "--task", "sst2", "--data", str(world), *typed])
         assert lengths[-1] == expected
-    assert "--max-len 129" in fails(capsys, "--stage", "evaluate", "--init", trained, "--task", "sst2", "--data", world,
-                                    "--max-len", "129")
+    assert "rows of 129 tokens" in fails(capsys, "--stage", "evaluate", "--init", trained, "--task", "sst2", "--data",
+                                         world, "--max-len", "129")
     assert [train.tasks.TASKS[task].max_length for task in ("mnli", "squad")] == [128, 384]
 
 
