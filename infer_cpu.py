@@ -19,7 +19,6 @@ Every engine is the network of model.py with functions set into its slots: `Line
              a model that is not quantized
 """
 import contextlib
-import json
 import math
 import sys
 import warnings
@@ -32,15 +31,17 @@ import torch.nn.functional as F
 
 import quant
 from data import DataError
-from data.encode import check_texts, encoder_for, evaluation_data, label_names, random_batch, write_predictions
+from data.encode import answer, as_inputs, check_texts, evaluation_data, match_classes, random_batch, write_predictions
 from data.flags import parse
-from data.metrics import best_span
 from formats import model_directory
-from formats.command import to_stderr
-from formats.config import compression_of, kind_of
-from formats.files import check_place, make_folder, write_file
+from formats.command import show_any_letter, to_stderr
+from formats.config import compression_of
+from formats.files import check_place, make_folder, write_json
 from formats.int8 import read_int8, unpacked_bytes
-from formats.machine import keep_freed_memory, medians_in_turn, quantized_engine, seconds
+from formats.machine import (default_activation_bits, keep_freed_memory, medians_in_turn, quantized_engine, saturates,
+                             seconds, survive_fork)
+from formats.model_directory import kind_of
+from formats.run import reason_of
 from model import InputError, linears
 from native.build import native_library
 from native.engine import take_over
@@ -153,7 +154,7 @@ def is_exact(kernel, packed):
     """
     probe = replace(packed, weight_scale=torch.ones(packed.shape[0]), bias=torch.zeros(packed.shape[0]),
                     input_scale=torch.tensor(1.0))
-    highest = 2 ** min(packed.bits, quant.default_activation_bits()) - 1
+    highest = 2 ** min(packed.bits, default_activation_bits()) - 1
     levels = torch.randint(0, highest + 1, (33, packed.shape[1]), generator=torch.Generator().manual_seed(0))
     levels[0], levels[1] = highest, 0
     x = (levels - packed.input_zero_point).float()
@@ -193,33 +194,21 @@ class Engine:
     disk_bytes: int             # the file they came from
 
     def __call__(self, batch):
-        """Int64 (B, T) input_ids, attention_mask and token_type_ids -> float32 logits (B, C), or the pair of start and
-        end logits, each (B, T)."""
+        """(B, T) input_ids, attention_mask and token_type_ids -> float32 logits (B, C), or the pair of start and end
+        logits, each (B, T). InputError for a batch that the model does not take; see encode.as_inputs."""
         with torch.inference_mode():
-            return self.model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+            return self.model(*as_inputs(batch, self.model))
 
     def answer(self, texts, pairs=(), contexts=(), max_len=None):
         """[(label, probability)] of texts, or of pairs of texts; [(span, score)] of questions and their contexts, the
         score being the sum of start and end logit.
 
         texts, pairs, contexts: lists of str, the second or third one as long as the first or empty. max_len: tokens of
-        a row, as trained by default. Raises InputError for a length the model does not have, or no tokenizer.
+        a row, as trained by default. A head with one output, or whose classes do not exclude each other, answers with
+        the likeliest label and its own probability. Raises InputError for a length the model does not have, a context
+        without words, or no tokenizer.
         """
-        encoder = encoder_for(self.directory, self.model.kind, max_len)
-        results = []
-        if self.model.kind == "span":
-            for question, context in zip(texts, contexts, strict=True):
-                rows = encoder.encode_question(question, context)
-                start, end = self(encoder.collate(rows))
-                text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
-                results.append((text, score))
-            return results
-        rows = encoder.encode(list(texts), list(pairs) or None)
-        for begin in range(0, len(rows), 32):
-            probabilities = self(encoder.collate(rows[begin:begin + 32])).softmax(1)
-            names = label_names(self.directory, probabilities.shape[1])
-            results += [(names[int(row.argmax())], float(row.max())) for row in probabilities]
-        return results
+        return answer(self, texts, pairs, contexts, max_len)
 
 
 def load(directory, engine="auto", threads=None, say=print):
@@ -229,6 +218,7 @@ def load(directory, engine="auto", threads=None, say=print):
     """
     if threads:
         torch.set_num_threads(threads)
+    survive_fork()
     directory = Path(directory)
     kind_of(directory)                    # is it a model directory at all?
     if engine == "fp32":
@@ -262,7 +252,7 @@ def load_integer(directory, name, say=print):
     """Engine int8 or sparse, from int8.safetensors. Kernels are chosen by timing the largest layer of each pattern."""
     keep_freed_memory()
     model, packed, metadata = read_int8(directory)
-    if metadata["activation_bits"] == "8" and quant.saturates():
+    if metadata["activation_bits"] == "8" and saturates():
         say("warning: this CPU has no VNNI, and 8-bit activations may saturate its INT8 product; quantize with "
             "--activation-bits 7 for exact results here")
     if name == "sparse" and all(layer.pattern == "dense" for layer in packed.values()):
@@ -343,20 +333,18 @@ def run_text(settings):
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     contexts = settings.context * (len(settings.text) if len(settings.context) == 1 else 1)
     results = engine.answer(settings.text, settings.text_pair, contexts, settings.max_len)
-    for text, (answer, value) in zip(settings.text, results):
-        print(f"{answer}\t{value:.4f}\t{text}")
-    return {"engine": engine.name, "answers": [{"text": text, "answer": answer,
+    for text, (found, value) in zip(settings.text, results):
+        print(f"{found}\t{value:.4f}\t{text}")
+    return {"engine": engine.name, "answers": [{"text": text, "answer": found,
                                                 "score" if kind == "span" else "probability": value}
-                                               for text, (answer, value) in zip(settings.text, results)]}
+                                               for text, (found, value) in zip(settings.text, results)]}
 
 
 def run_evaluate(settings):
     kind, *_ = kind_of(settings.model)
-    task, data = evaluation_data(settings, kind)
+    task, data = evaluation_data(settings.model, kind, settings.task, settings.data, settings.max_len, settings.split)
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
-    classes = engine.model.classifier.out_features if kind == "classification" else len(data.labels)
-    if classes != len(data.labels):
-        raise InputError(f"--task {task} has {len(data.labels)} labels, and {settings.model} tells {classes} apart")
+    match_classes(data, engine.model, settings.model)
     predictions_folder = make_folder(settings.predictions) if settings.predictions else None
     report = {"engine": engine.name, "layout": engine.layout, "task": task}
     if settings.agreement:
@@ -384,14 +372,19 @@ def run(settings):
 
 
 def main(arguments=None):
+    show_any_letter()
     settings = parse(arguments, __doc__, ("auto", *ENGINES))
     try:
         check_place("--json", settings.json)
         report = run(settings)
         if settings.json:
-            write_file(settings.json, json.dumps(report, indent=1))
-    except (InputError, DataError) as error:
-        print(f"infer_cpu.py: {error}", file=sys.stderr)
+            write_json(settings.json, report)
+    except Exception as error:
+        reason = str(error) if isinstance(error, (InputError, DataError)) else reason_of(
+            error, "--batch-size or --max-len", then="")
+        if reason is None:
+            raise
+        print(f"infer_cpu.py: {reason}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -5,8 +5,8 @@ import torch
 
 import quant
 from formats import model_directory
-from formats.config import kind_of
 from infer_cpu import Engine
+from formats.model_directory import kind_of
 from model import InputError
 
 

@@ -13,11 +13,11 @@ import prune
 import quant
 from data.encode import random_batch
 from formats.command import to_stderr
-from formats.config import config_json, kind_of
+from formats.config import config_json
 from formats.files import write_file
 from formats.int8 import write_int8
-from formats.machine import medians_in_turn, processor_name, seconds
-from formats.model_directory import save
+from formats.machine import default_activation_bits, medians_in_turn, processor_name, saturates, seconds
+from formats.model_directory import kind_of, save
 from infer_cpu import ENGINES, load
 from model import InputError, linears
 from native.engine import PARTS
@@ -34,7 +34,7 @@ def write_random(directory, preset, sparsity, pattern, plain=True):
     pattern = prune.parse_pattern(pattern)
     sparsity = prune.resolve_sparsity(sparsity, pattern)
     prune.check_pattern(model, pattern)
-    quant.prepare(model, quant.default_activation_bits())
+    quant.prepare(model, default_activation_bits())
     for _, layer in linears(model):
         layer.act_range.copy_(torch.tensor([-4.0, 4.0]))
         if layer.prunable:
@@ -46,12 +46,12 @@ def write_random(directory, preset, sparsity, pattern, plain=True):
         write_file(directory / "config.json", json.dumps(config_json(model.config, model.kind, labels)))
     write_int8(model, directory)
     print(f"random weights: {preset}, {network.count_parameters(model):,} parameters, encoder sparsity {sparsity:g}, "
-          f"pattern {pattern}, {quant.default_activation_bits()}-bit activations")
+          f"pattern {pattern}, {default_activation_bits()}-bit activations")
 
 
 def machine():
     """One line: processor, cores, threads in use, torch."""
-    exact = "7-bit activations only" if quant.saturates() else "8-bit activations"
+    exact = "7-bit activations only" if saturates() else "8-bit activations"
     return (f"{processor_name()}, {exact} are exact, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}")
 

@@ -14,9 +14,9 @@ import torch
 
 from bench.benchmark import write_random
 from formats.command import to_stderr
-from formats.config import kind_of, read_config
+from formats.config import read_config
 from formats.int8 import empty_model, read_int8
-from formats.model_directory import read_weights, weight_files
+from formats.model_directory import kind_of, read_weights, weight_files
 from formats.names import NAMES, is_head, published_name
 from formats.safetensors import read_safetensors, safetensors_header
 from infer_cpu import ENGINES

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from formats.command import show_any_letter
 from formats.files import read_json
 from model import InputError
 
@@ -64,6 +65,7 @@ def watch(directory):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a stage's directory")
+    show_any_letter()
     try:
         watch(parser.parse_args(arguments).directory)
     except InputError as error:

@@ -1,12 +1,23 @@
-"""What a person types, or a task's files, as batches for the model in a directory."""
+"""What a person types, or a task's files, as batches for the model in a directory; and what its outputs answer."""
 import torch
 
 from data import tiny
+from data.metrics import best_span
 from data.tasks import TASKS, TaskData
-from data.text import load_tokenizer
-from formats.config import compression_of, kind_of, read_config
+from data.wordpiece import load_tokenizer, vocabulary_rows
+from formats.config import compression_of, read_config
 from formats.files import write_file
-from model import InputError
+from formats.heads import class_names, class_order, probabilities
+from model import PRESETS, InputError
+
+
+def tokenizer_of(directory):
+    """The tokenizer of a model directory. InputError if it has ids that the model has not."""
+    tokenizer, config = load_tokenizer(directory), read_config(directory)[0]
+    if vocabulary_rows(tokenizer) > config.vocab_size:
+        raise InputError(f"{directory}: the tokenizer has {vocabulary_rows(tokenizer)} ids and the model "
+                         f"{config.vocab_size}; they do not belong together")
+    return tokenizer
 
 
 def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev"):
@@ -18,17 +29,7 @@ def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev"):
     if not isinstance(length, int) or not 8 <= length <= config.max_position_embeddings:
         raise InputError(f"rows of {length} tokens do not fit {directory}, which takes 8 to "
                          f"{config.max_position_embeddings}; give another --max-len")
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the model "
-                         f"{config.vocab_size}; they do not belong together")
-    return TaskData(name, folder or ".", tokenizer, length, splits=(split,) if folder else ())
-
-
-def label_names(directory, count):
-    """The names of the classes, from config.json's id2label; their numbers if it has none."""
-    names = kind_of(directory)[2].get("id2label")
-    return [str(names.get(str(number), number)) if isinstance(names, dict) else str(number) for number in range(count)]
+    return TaskData(name, folder or ".", tokenizer_of(directory), length, splits=(split,) if folder else ())
 
 
 def check_texts(settings, kind, task):
@@ -54,16 +55,86 @@ def random_batch(config, batch_size, length):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
-def evaluation_data(settings, kind):
-    """(task, its TaskData) for --evaluate of a model of this kind. InputError if the two do not go together."""
-    task = settings.task or compression_of(settings.model).get("task")
-    if task not in TASKS:
-        raise InputError(f"{settings.model} does not say which task it was trained on; give --task, one of "
+def check_pairs(config, pairs, where):
+    """InputError if rows are pairs of texts and the model cannot tell the second from the first."""
+    if pairs and config.type_vocab_size == 1:
+        raise InputError(f"{where} has one token type, and pairs of texts need two; give another model, or one text")
+
+
+def as_inputs(batch, model):
+    """What a caller passes to an engine -> int64 (B, T) input_ids, attention_mask and token_type_ids.
+
+    Arrays of any kind of number; without a mask every token is real, without types all are of the first. InputError
+    for an id that an embedding does not have, and for a row that is padding alone or, where the model reads the first
+    token of a row, begins with it.
+    """
+    config, ids = model.config, torch.as_tensor(batch["input_ids"]).long()
+    mask, types = (torch.as_tensor(batch[name] if name in batch else fill(ids)).long() for name, fill in
+                   (("attention_mask", torch.ones_like), ("token_type_ids", torch.zeros_like)))
+    if ids.ndim != 2 or not ids.shape == mask.shape == types.shape or not ids.shape[1]:
+        raise InputError(f"a batch of shapes {list(ids.shape)}, {list(mask.shape)} and {list(types.shape)}; expected "
+                         f"rows of tokens, their mask and their types, all of one shape")
+    for name, numbers, count in (("token", ids, config.vocab_size), ("type", types, config.type_vocab_size)):
+        if numbers.numel() and count and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+            raise InputError(f"the {name} ids of a batch, {int(numbers.min())} to {int(numbers.max())}, are not all in "
+                             f"an embedding of {count} rows")
+    real = mask != 0
+    if not bool(real.any(1).all()):
+        raise InputError("a row of the batch is padding alone; leave it out")
+    if model.kind == "classification" and not bool(real[:, 0].all()):
+        raise InputError("a row of the batch begins with padding, and the classifier reads its first token; pad at the "
+                         "end")
+    return ids, mask, types
+
+
+def answer(engine, texts, pairs, contexts, max_len):
+    """Engine.answer."""
+    encoder, results = encoder_for(engine.directory, engine.model.kind, max_len), []
+    if engine.model.kind == "span":
+        for question, context in zip(texts, contexts, strict=True):
+            rows = encoder.encode_question(question, context)
+            if not any(len(row["offsets"]) for row in rows):
+                raise InputError(f"the context of {question!r} has no word in it; give --context the text in which the "
+                                 f"answer stands")
+            start, end = engine(encoder.collate(rows))
+            text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
+            results.append((text, score))
+        return results
+    check_pairs(engine.model.config, pairs, engine.directory)
+    rows, raw = encoder.encode(list(texts), list(pairs) or None), read_config(engine.directory)[1]
+    for begin in range(0, len(rows), 32):
+        shares = probabilities(raw, engine(encoder.collate(rows[begin:begin + 32])))
+        names = class_names(raw, shares.shape[1])
+        results += [(names[int(row.argmax())], float(row.max())) for row in shares]
+    return results
+
+
+def evaluation_data(directory, kind, task, folder, max_len, split="dev"):
+    """(task, its TaskData) to evaluate a model of this kind on. task: None for the one it was trained on; folder: ""
+    for the tiny world. InputError if model and task do not go together; `match_classes` looks at the rest."""
+    task = task or compression_of(directory).get("task")
+    if task not in list(TASKS):
+        raise InputError(f"{directory} does not say which task it was trained on; give --task, one of "
                          f"{', '.join(TASKS)}")
     if TASKS[task].kind != kind:
-        raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {settings.model} is a {kind} model")
-    folder = settings.data or tiny.ensure()
-    return task, encoder_for(settings.model, kind, settings.max_len, task, folder, settings.split)
+        raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {directory} is a {kind} model")
+    check_pairs(read_config(directory)[0], len(TASKS[task].text_columns) != 1, directory)
+    return task, encoder_for(directory, kind, max_len, task, folder or tiny_world(directory, "--data FOLDER"), split)
+
+
+def tiny_world(directory, flag):
+    """The folder of the tiny world, for a model that may belong to it; InputError asks for a flag in its place."""
+    config, size = read_config(directory)[0], PRESETS["tiny"]
+    if (config.hidden_size, config.num_hidden_layers) != (size.hidden_size, size.num_hidden_layers):
+        raise InputError(f"{directory} is not of the tiny world's size, and without {flag} its files would be taken; "
+                         f"give {flag}")
+    return tiny.ensure()
+
+
+def match_classes(data, model, directory):
+    """Tell a TaskData in which order a model has the task's classes. InputError if they are not the task's."""
+    if model.kind == "classification":
+        data.class_order = class_order(read_config(directory)[1], model.classifier.out_features, data.task, directory)
 
 
 def write_predictions(data, predictions, folder):

@@ -1,6 +1,6 @@
 """The flags of infer_cpu.py, and which of them go together."""
 from data.tasks import TASKS
-from formats.command import Parser, positive_int, positive_ints
+from formats.command import Parser, positive_int, positive_ints, thread_count
 from model import PRESETS
 
 
@@ -14,7 +14,7 @@ def parse(arguments, description, engines):
     mode.add_argument("--benchmark", action="store_true", help="time every engine")
     mode.add_argument("--size", action="store_true", help="count the bytes, layer kind by layer kind")
     parser.add_argument("--engine", choices=engines, default="auto")
-    parser.add_argument("--threads", type=positive_int, help="default: torch's own choice")
+    parser.add_argument("--threads", type=thread_count, help="default: torch's own choice")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--max-len", type=positive_int, help="tokens per row; default: as trained, or 128")
     parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")

@@ -7,6 +7,9 @@ import re
 import sys
 
 
+MOST_THREADS = 1024         # more than any machine has cores for; PyTorch starts them all at once
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that knows no abbreviations and whose error is one sentence and exit code 2. program: its name there."""
 
@@ -24,11 +27,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def positive_int(text):
+def positive_int(text, most=2 ** 31 - 1):
     """argparse type: a whole number from 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not re.fullmatch("0*[1-9][0-9]{0,9}", text) or int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {most}")
     return int(text)
+
+
+def thread_count(text):
+    """argparse type: how many threads."""
+    return positive_int(text, MOST_THREADS)
 
 
 def positive_ints(text):
@@ -59,6 +67,14 @@ def add_flag(group, field, comment, choices):
     default = "" if field.default in ("", None) else f" [{field.default}]"
     group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(),
                        help=comment.replace("%", "%%") + default)
+
+
+def show_any_letter():
+    """Where the terminal, or the file that takes its place, is not UTF-8, what it cannot show becomes a question mark
+    and not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def to_stderr(line):
