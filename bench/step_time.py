@@ -6,12 +6,14 @@ stage; writes nothing.
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import patch
 
 import torch
-from torch.profiler import profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
+import distill
 import prune
 import train
 from bench.memory import build_stage, stage_of
@@ -20,64 +22,83 @@ from formats.run import Log
 from model import InputError
 
 STEPS = 6
-PHASES = {"waiting for data": "waiting for data", "student": "student, forward", "teacher": "teacher, forward",
-          "VocabularyLoss": "vocabulary, its loss and gradient", "backward": "backward, without the vocabulary",
-          "gradient norm": "gradient norm", "Optimizer.step#AdamW.step": "AdamW", "mask update": "mask update"}
+PHASES = {"waiting for data": (Future, "result"), "vocabulary, its loss and gradient": (distill, "vocabulary_loss"),
+          "backward, without the vocabulary": (torch.Tensor, "backward"),
+          "gradient norm": (torch.nn.utils, "clip_grad_norm_"), "AdamW": (torch.optim.AdamW, "step"),
+          "mask update": (prune, "update_masks")}
 
 
-def timed(name, function):
-    """The function, under a name that torch.profiler shows."""
+def wait(device):
+    """Until a GPU has done what it was given: its work goes on behind the program's back."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function, phase, spent, device):
+    """The function, whose seconds are added to spent[phase]."""
     def call(*arguments, **named):
-        with record_function(name):
+        wait(device)
+        begun = time.perf_counter()
+        try:
             return function(*arguments, **named)
+        finally:
+            wait(device)
+            spent[phase] = spent.get(phase, 0.0) + time.perf_counter() - begun
     return call
 
 
 def measure(s):
     """Run a few steps of a stage and print where a step's time goes, and how fast its matrix products are next to the
-    fastest that this machine can do."""
+    fastest that this machine can do. On a GPU every phase is waited for, which a real run does not do."""
     torch.set_num_threads(s.threads)
     model, teacher, data = build_stage(s)
-    model.forward = timed("student", model.forward)
-    if teacher:
-        teacher.forward = timed("teacher", teacher.forward)
     # One mask update falls into the steps; a real run has one in every --update-every of its steps.
     s = replace(s, steps=STEPS, epochs=None, ramp_end=0.4, update_every=0.5)
-    train.train(s, model, teacher, data, {}, Log(None), None, None)           # to warm up
-    with (patch.object(Future, "result", timed("waiting for data", Future.result)),
-          patch.object(torch.Tensor, "backward", timed("backward", torch.Tensor.backward)),
-          patch.object(torch.nn.utils, "clip_grad_norm_", timed("gradient norm", torch.nn.utils.clip_grad_norm_)),
-          patch.object(prune, "update_masks", timed("mask update", prune.update_masks)),
-          profile(with_flops=True) as profiler):
-        started = time.monotonic()
-        train.train(s, model, teacher, data, {}, Log(None), None, None)
-        seconds = time.monotonic() - started
-    print(format_profile(profiler.key_averages(), seconds, STEPS))
-    work, fastest = sum(event.flops for event in profiler.key_averages()), fastest_product(s)
+    arguments, spent = (s, model, teacher, data, {}, Log(None), None, None), {}
+    train.train(*arguments)                               # to warm up
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+        train.train(*arguments)
+    work = sum(event.flops for event in profiler.key_averages())
+    with ExitStack() as patches:
+        for module, phase in ((model, "student, forward"), (teacher, "teacher, forward")):
+            if module:
+                patches.enter_context(patch.object(module, "forward", timed(module.forward, phase, spent, s.device)))
+        for phase, (owner, name) in PHASES.items():
+            patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), phase, spent, s.device)))
+        begun = time.perf_counter()
+        train.train(*arguments)
+        wait(s.device)
+        seconds = time.perf_counter() - begun
+    print(format_phases(spent, seconds, STEPS))
+    fastest = fastest_product(s)
     print(f"matrix products, attention aside: {work / STEPS / 1e9:,.1f} GFLOP a step, "
           f"{work / seconds / 1e9:,.1f} GFLOP/s; a large one alone in {s.precision}: {fastest / 1e9:,.1f} GFLOP/s; the "
           f"step reaches {work / seconds / fastest:.0%} of that")
 
 
-def format_profile(events, seconds, steps):
-    """A table of PHASES: milliseconds of a step and share of the time. events: what torch.profiler averaged."""
-    spent = {PHASES[event.key]: event.cpu_time_total / 1e6 for event in events if event.key in PHASES}
+def format_phases(spent, seconds, steps):
+    """A table of milliseconds of a step and share of the time. spent: {phase: seconds of all steps}."""
     lines = [f"{'':<36}{'ms a step':>10}{'share':>8}"]
     for phase, part in [*spent.items(), ("the rest", seconds - sum(spent.values())), ("a step", seconds)]:
         lines.append(f"{phase:<36}{1e3 * part / steps:>10,.1f}{part / seconds:>8.1%}")
     return "\n".join(lines)
 
 
-def fastest_product(s, rows=2048, inner=1024, columns=4096):
-    """Operations a second of a large matrix product in the settings' precision, the fastest of five."""
+def fastest_product(s):
+    """Operations a second of a large matrix product in the settings' precision, the fastest of five. A GPU is given a
+    larger one, ten times, so that it is not waited for most of the time."""
+    rows, inner, columns, repeats = (8192, 8192, 8192, 10) if s.device == "cuda" else (2048, 1024, 4096, 1)
     dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
     left, right = (torch.ones(shape, dtype=dtype, device=s.device) for shape in ((rows, inner), (inner, columns)))
     times = []
     for _ in range(5):
-        started = time.monotonic()
-        float((left @ right)[0, 0])                       # on a GPU: wait for it
-        times.append(time.monotonic() - started)
-    return 2 * rows * inner * columns / min(times)
+        wait(s.device)
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            left @ right
+        wait(s.device)
+        times.append(time.perf_counter() - begun)
+    return 2 * rows * inner * columns * repeats / min(times)
 
 
 def main(arguments=None):
