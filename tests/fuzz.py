@@ -7,6 +7,7 @@ an InputError, a DataError or exit code 2; within a minute and 2 GB, and without
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -32,7 +33,8 @@ import train  # noqa: E402
 from bench import watch
 from data import DataError, shards, tasks, text  # noqa: E402
 from formats import model_directory, safetensors
-from formats.run import checkpoints, newest_checkpoint, save_checkpoint
+from formats.config import NEUTRAL
+from formats.run import checkpoints, demand_same_result, newest_checkpoint, save_checkpoint
 
 SECONDS, MEMORY = 60, 2 << 30          # of a case; of waiting, because others may use the same machine
 NASTY = [b"\x00", b"\xff\xfe", b"\r", b"\n\n", b"\t", b"\"", b"'", b"\\", b"{", b"[[[[", b"]", b"</doc>", b"<doc id=",
@@ -157,9 +159,24 @@ def read_model(folder, chain, world, generator):
     """config.json, weights and masks."""
     directory = mutated_copy(chain / "prune-1x4-0.85", folder, ["config.json", "model.safetensors",
                                                                 "compression.safetensors"], generator)
-    model_directory.load(directory, generator.choice(["pretraining", "classification", "span"]), num_labels=2,
-                         fresh_head=True,
-                 say=lambda line: None)
+    if generator.random() < 0.3:
+        changes = {generator.choice([*NEUTRAL, "architectures", "model_type", "qa_dropout"]): generator.choice(VALUES)}
+        with contextlib.suppress(ValueError, TypeError, OSError):
+            raw = json.loads((directory / "config.json").read_bytes())
+            (directory / "config.json").write_text(json.dumps({**raw, **changes}))
+    if generator.random() < 0.3:
+        with contextlib.suppress(train.InputError):
+            tensors = safetensors.read_safetensors(directory / "model.safetensors")[0]
+            name = generator.choice([*tensors])
+            tensors[name].view(-1)[0] = generator.choice([float("nan"), float("inf"), 1e38])
+            prefix = generator.choice(["", "module.", "_orig_mod."])
+            safetensors.write_safetensors(directory / "model.safetensors",
+                                          {prefix + name: tensor for name, tensor in tensors.items()})
+    model_directory.kind_of(directory)
+    model = model_directory.load(directory, generator.choice(["pretraining", "classification", "span"]), num_labels=2,
+                                 fresh_head=True, say=lambda line: None)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise RuntimeError("weights that are no numbers were read")
 
 
 def read_pickle(folder, chain, world, generator):
@@ -185,7 +202,7 @@ def read_pickle(folder, chain, world, generator):
 
 def read_checkpoint(folder, chain, world, generator):
     settings, model = train.asdict(train.Settings()), torch.nn.Linear(4, 3)
-    save_checkpoint(folder, settings, {}, model, torch.optim.AdamW(model.parameters()), 1, 1.0)
+    save_checkpoint(folder, {"settings": settings, "inputs": {}}, model, torch.optim.AdamW(model.parameters()), 1, 1.0)
     path, trap = checkpoints(folder)[0], folder / "trapped"
     if generator.random() < 0.2:
         torch.save({"settings": Trap(trap)}, path)
@@ -199,21 +216,111 @@ def read_checkpoint(folder, chain, world, generator):
 
 
 def read_vocabulary(folder, chain, world, generator):
-    names = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+    names = ["vocab.txt", "tokenizer.json", "tokenizer_config.json", "config.json"]
     for name in names:
         shutil.copy(chain / "pretrain" / name, folder)
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    for name, content in (("added_tokens.json", {"<e1>": len(words), "[E2]": len(words) + 1}),
+                          ("special_tokens_map.json", {"cls_token": "[CLS]", "additional_special_tokens": ["<e3>"]})):
+        if generator.random() < 0.5:
+            (folder / name).write_text(json.dumps(content))
+            names.append(name)
+    if generator.random() < 0.5:                # a name twice, blank lines
+        words[generator.randrange(5, len(words))] = generator.choice(["", "the", " ", *words[5:9]])
+        (folder / "vocab.txt").write_text("\n".join(words) + generator.choice(["", "\n", "\n\n\n"]), encoding="utf-8")
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    options.pop("added_tokens_decoder") if generator.random() < 0.7 else None
+    options[generator.choice(["do_lower_case", "tokenizer_class", "cls_token", "extra_special_tokens", "x_token"])] = (
+        generator.choice([*VALUES, True, "BertTokenizer", "PreTrainedTokenizerFast", ["<e4>"], {"content": "<e5>"}]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
     name = generator.choice(names)
-    if name != "tokenizer.json":
+    if name != "tokenizer.json" and generator.random() < 0.7:
         (folder / "tokenizer.json").unlink()
-    (folder / name).write_bytes(mutate((folder / name).read_bytes(), generator))
+    if generator.random() < 0.7:
+        (folder / name).write_bytes(mutate((folder / name).read_bytes(), generator))
     tokenizer = text.load_tokenizer(folder)
-    tokenizer.encode("A film, which [MASK] héroes saw.")
+    for _ in range(2):                          # and again, as it is written
+        [*text.token_ids(tokenizer, ["A film, which [MASK] héroes saw.", "<e1>", "\ud800 <e5>", ""])]
+        text.save_tokenizer(tokenizer, folder / "saved")
+        tokenizer = text.load_tokenizer(folder / "saved")
 
 
 def read_int8(folder, chain, world, generator):
     """A packed model, as a person would use it."""
     directory = mutated_copy(chain / DIRECTORIES["quantize"], folder, ["config.json", "int8.safetensors"], generator)
     infer_cpu.main([str(directory), "--text", "A good film.", "--engine", generator.choice(["auto", "int8"])])
+
+
+def read_head(folder, chain, world, generator):
+    """A classifier whose config.json says something of its classes, for a task of two classes."""
+    directory = folder / "model"
+    shutil.copytree(chain / DIRECTORIES["quantize"], directory)
+    raw = json.loads((directory / "config.json").read_text())
+    name = generator.choice(["id2label", "problem_type", "compression", "num_labels", "label2id"])
+    names = {str(i): generator.choice([*VALUES, "LABEL_0", "LABEL_1", "0", "1", "Positive", "negative"]) for i in range(
+        generator.choice([1, 2, 2, 2, 3]))}
+    raw[name] = mutate_json(raw.get(name) or {}, generator)
+    if name == "id2label" and generator.random() < 0.8:
+        raw[name] = names
+    (directory / "config.json").write_text(json.dumps(raw))
+    if generator.random() < 0.5:
+        model_directory.load(directory, "classification", task=tasks.TASKS["sst2"], say=lambda line: None,
+                             fresh_head=generator.random() < 0.5)
+    infer_cpu.main([str(directory), "--evaluate", "--task", "sst2", "--data", str(world), "--engine", "int8", "--limit",
+                    "8"] if generator.random() < 0.5 else [str(directory), "--text", "good", "--engine", "fp32"])
+
+
+@functools.cache
+def engines(chain):
+    return [infer_cpu.load(chain / DIRECTORIES["quantize"], name, say=lambda line: None)
+            for name in ("fp32", "int8", "sparse")]
+
+
+def read_batch(folder, chain, world, generator):
+    """A batch with odd numbers, shapes and types. All engines take it, or none does."""
+    rows, length = generator.choice([0, 1, 3]), generator.choice([0, 1, 5, 128, 129])
+    batch = {"input_ids": torch.randint(5, 200, (rows, length)), "attention_mask": torch.ones(rows, length),
+             "token_type_ids": torch.zeros(rows, length, dtype=torch.int32)}
+    for _ in range(generator.randint(0, 2)):
+        name = generator.choice(list(batch))
+        kind = generator.random()
+        if kind < 0.5 and batch[name].numel():
+            number = generator.choice([-1, 0, 2, 7, 199, 10 ** 6, 2 ** 31 - 1])
+            batch[name].view(-1)[generator.randrange(batch[name].numel())] = number
+        elif kind < 0.7:
+            batch[name] = batch[name][..., :-1]
+        elif kind < 0.8 and name != "input_ids":
+            del batch[name]
+            break
+        else:
+            batch[name] = batch[name].flip(-1) if kind < 0.9 else torch.zeros_like(batch[name])
+    outcomes = []
+    for engine in engines(chain):
+        try:
+            outcomes.append(engine(dict(batch)))
+        except train.InputError as error:
+            outcomes.append(str(error))
+    if len({type(outcome) for outcome in outcomes}) > 1 or any(
+            torch.is_tensor(outcome) and not bool(outcome.isfinite().all()) for outcome in outcomes):
+        raise RuntimeError(f"the engines do not agree: {outcomes}")
+    if isinstance(outcomes[0], str):
+        raise train.InputError(outcomes[0])
+
+
+def read_answer(folder, chain, world, generator):
+    """Any text, as a person or a program may pass it."""
+    letters = [*"abc ,.!?é\u0301\u0323한\U0001f600\x00\r\n\t\u200b\ufeff\ud800\udfff東", "[MASK]", "[SEP]", "the film"]
+    text = "".join(generator.choices(letters, k=generator.choice([0, 1, 3, 20, 500])))
+    infer_cpu.main([str(chain / DIRECTORIES["quantize"]), "--text", text, "--engine", "int8", "--json",
+                    str(folder / "answer.json")])
+    json.loads((folder / "answer.json").read_bytes(), parse_constant=int)       # no NaN, no Infinity
+
+
+def read_finished(folder, chain, world, generator):
+    """--resume of a finished run whose run.json says something else."""
+    copy = mutated_copy(chain / "pretrain", folder, ["run.json"], generator)
+    settings = train.resolve(train.parse_settings(commands(world, folder)["pretrain"]))
+    demand_same_result(copy, **train.deciding(settings, None, None))
 
 
 def read_log(folder, chain, world, generator):
@@ -244,7 +351,8 @@ def read_command(folder, chain, world, generator):
 
 READERS = {"command": read_command, "table": read_table, "squad": read_questions, "corpus": read_corpus,
            "model": read_model, "pickle": read_pickle, "checkpoint": read_checkpoint, "vocabulary": read_vocabulary,
-           "int8": read_int8, "log": read_log}
+           "int8": read_int8, "log": read_log, "head": read_head, "batch": read_batch, "answer": read_answer,
+           "finished": read_finished}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
