@@ -114,6 +114,13 @@ def test_same_numbers_as_the_papers_reference():
     assert float(weight_scale[0]) == pytest.approx(WEIGHT_SCALE, rel=1e-6) and (low, high) == (-128, 127)
 
 
+@pytest.mark.parametrize("low, high, width, zero_point", [(0.5, 3.0, 3.0, 0), (-4.0, -1.0, 4.0, 255), (-1.0, 2.0, 3.0, 85),
+                                                          (-3.0, 0.0, 3.0, 255), (0.0, 0.0, 255 * 2 ** -23, 0)])
+def test_a_range_is_widened_to_hold_zero(low, high, width, zero_point):
+    scale, found = quant.activation_parameters(torch.tensor([low, high]), 8)
+    assert float(scale) == pytest.approx(width / 255, rel=1e-6) and int(found) == zero_point
+
+
 @pytest.mark.parametrize("bits", [4, 7, 8])
 @pytest.mark.parametrize("low, high", [(-2.7, 3.1), (0.5, 3.0), (-4.0, -1.0), (-1e-3, 5.0), (-1e4, 1e4)])
 def test_activations_equal_torch_fake_quantize(bits, low, high):
