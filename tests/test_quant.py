@@ -316,11 +316,11 @@ def test_zero_to_zero_is_a_range():
 
 def test_the_largest_sum_that_float32_holds():
     """2^24 is an integer that it holds exactly; of the one beyond it, it does not."""
-    for extra, exact in ((8, True), (9, False)):
+    for extra, exact, zero_point in ((8, True, 128), (9, False, 128), (8, True, 127), (9, False, 127)):
         values = torch.full((1, 1040), 0, dtype=torch.int8)
         values[0, :1032], values[0, 1032] = 127, extra                          # 131,072 in sum, times 128
         packed = quant.PackedLinear((1, 1040), values, None, torch.ones(1), torch.zeros(1), torch.tensor(1.0),
-                                    torch.tensor(128, dtype=torch.int32), 8)
+                                    torch.tensor(zero_point, dtype=torch.int32), 8)
         assert quant.exact_in_float32(packed) == exact
 
 
