@@ -27,18 +27,20 @@ def denominators(batches):
             "masked": sum(int((batch["labels"] != -100).sum()) for batch in batches if "labels" in batch)}
 
 
-def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_positions="all"):
+def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_target="all"):
     """One micro-batch through student and teacher.
 
-    student     one of the three models of model.py; its `kind` says which loss
+    student     one of the models of model.py; its `kind` says which loss
     teacher     a frozen model of the same kind in eval mode, or None: labels only
     batch       dict of int64 tensors as data.collate makes it
     count       what `denominators` returned for the whole optimizer step
     Returns (loss, parts): a scalar to call backward on, and its terms as floats, each a share of the step's mean.
     """
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    if student.kind == "encoder":
+        return hidden_loss(student, teacher, inputs, count)
     if student.kind == "pretraining":
-        return pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_weight, kd_positions)
+        return pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_weight, kd_target)
     logits = student(*inputs)
     with torch.no_grad():
         teacher_logits = teacher(*inputs) if teacher else None
@@ -48,6 +50,25 @@ def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_posi
     else:
         hard, kd = span_loss(logits, teacher_logits, batch, temperature)
     return combine({"hard": hard / count["rows"]}, {"kd": kd / count["rows"]} if teacher else {}, kd_weight)
+
+
+def hidden_loss(student, teacher, inputs, count):
+    """L = sum over layers of the mean over real tokens of ||h_student - h_teacher||^2 / ||h_teacher||^2, the pooled
+    first token counting as one layer more: neither labels nor the vocabulary (arXiv 1909.10351, equation 8; divided by
+    the teacher's size so that each layer counts alike, arXiv 2310.06927, equation 1)."""
+    real, hidden = inputs[1].bool(), 0.0
+    for ours, theirs in zip(student.encoder.states(*inputs), teacher.encoder.states(*inputs), strict=True):
+        hidden = hidden + (relative_error(ours, theirs) * real).sum() / count["tokens"]
+    if student.encoder.pooler is None:
+        return combine({"hidden": hidden}, {}, 0.0)
+    pooled = relative_error(student.encoder.pooled(ours), teacher.encoder.pooled(theirs)).sum() / count["rows"]
+    return combine({"hidden": hidden, "pooled": pooled}, {}, 0.0)
+
+
+def relative_error(ours, theirs):
+    """(..., H), (..., H) -> float32 (...): the squared distance as a share of the second one's square."""
+    ours, theirs = ours.float(), theirs.float()
+    return (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
 
 
 def combine(hard, soft, kd_weight):
@@ -82,14 +103,14 @@ def span_loss(logits, teacher_logits, batch, temperature):
     return hard, kd if teacher_logits is not None else None
 
 
-def pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_weight, kd_positions):
+def pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_weight, kd_target):
     """Masked language model + next sentence, and the same two for the teacher.
 
-    kd_positions: 'all' distils at every position that is not padding (the paper); 'masked' only where a token was
+    kd_target: 'all' distils at every position that is not padding (the paper); 'masked' only where a token was
     selected for prediction, about an eighth of the vocabulary-sized work.
     """
     masked = batch["labels"] != -100
-    everywhere = teacher is not None and kd_positions == "all"
+    everywhere = teacher is not None and kd_target == "all"
     positions = batch["attention_mask"].bool() if everywhere else masked
     features, next_sentence = student(*inputs, positions)
     teacher_features = None

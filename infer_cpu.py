@@ -326,7 +326,7 @@ def products_of_torch(packed, tokens):
 
 def run_text(settings):
     kind, *_ = kind_of(settings.model)
-    if kind == "pretraining":
+    if kind in ("encoder", "pretraining"):
         raise InputError(f"{settings.model} is a pre-trained model without a task; fine-tune it first: python train.py "
                          f"--stage finetune --task TASK")
     check_texts(settings, kind, compression_of(settings.model).get("task"))

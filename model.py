@@ -166,6 +166,13 @@ class Encoder(nn.Module):
                              f"{self.config.max_position_embeddings} or less")
         if self.kernel is not None:
             return self.kernel(input_ids, attention_mask, token_type_ids)
+        for x in self.states(input_ids, attention_mask, token_type_ids):
+            pass
+        return x
+
+    def states(self, input_ids, attention_mask, token_type_ids):
+        """Yields the hidden states (B, T, H) after each layer in turn."""
+        length = input_ids.shape[1]
         x = self.word(input_ids) + self.position.weight[:length]                                # (B, T, H) + (T, H)
         if self.token_type is not None:
             x = x + self.token_type(token_type_ids)                                             # (B, T, H)
@@ -173,11 +180,24 @@ class Encoder(nn.Module):
         mask = attention_mask.bool()[:, None, None, :]                                          # (B, 1, 1, T)
         for layer in self.layers:
             x = layer(x, mask)                                                                  # (B, T, H)
-        return x
+            yield x
 
     def pooled(self, hidden):
         """The first token through the pooler's tanh layer: (B, T, H) -> (B, H)."""
         return torch.tanh(self.pooler(hidden[:, 0]))                                            # (B, H)
+
+
+class EncoderModel(nn.Module):
+    """The encoder alone, without a task: hidden states (B, T, H)."""
+    kind = "encoder"
+
+    def __init__(self, config, pooler=True):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, pooler)
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        return self.encoder(input_ids, attention_mask, token_type_ids)
 
 
 class PretrainingModel(nn.Module):
@@ -250,11 +270,11 @@ class SpanModel(nn.Module):
 
 
 def build(config, kind, num_labels=2):
-    """A model with fresh weights: kind is 'pretraining', 'classification' or 'span'."""
+    """A model with fresh weights: kind is 'encoder', 'pretraining', 'classification' or 'span'."""
     if kind == "classification":
         model = ClassificationModel(config, num_labels)
     else:
-        model = PretrainingModel(config) if kind == "pretraining" else SpanModel(config)
+        model = {"encoder": EncoderModel, "pretraining": PretrainingModel, "span": SpanModel}[kind](config)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=config.initializer_range)

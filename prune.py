@@ -175,19 +175,17 @@ def update_masks(model, step, ramp, pattern):
 
 
 @torch.no_grad()
-def lock(model, hints=()):
+def lock(model, pattern=None):
     """Pattern lock (arXiv 2111.05754, section 3.3): M = 1 where W != 0, so no gradient reaches a zero.
 
-    A stored mask is taken as it is; a layer without one (a model from elsewhere) gets its mask from its zeros. In a
-    model of blocks, a single zero inside a living block is a weight that was rounded to zero, and stays free.
-    hints: as in find_pattern.
+    A stored mask is taken as it is; a layer without one (a model from elsewhere) gets its mask from its zeros.
+    pattern: what these are made of (formats/patterns.py finds it). In a model of blocks, a single zero inside a living
+    block is a weight that was rounded to zero, and stays free.
     """
     for _, layer in prunable(model):
         if bool(layer.mask.all()):
             layer.mask.copy_(layer.weight != 0)
-    pattern = find_pattern([layer.mask for _, layer in prunable(model)], hints)
-    if pattern and pattern.rows * pattern.columns > 1:
-        for _, layer in prunable(model):
+        if pattern and pattern.rows * pattern.columns > 1:
             tiles(layer.mask, pattern)[:] = tiles(layer.mask, pattern).amax((1, 3), keepdim=True)
     burn_in(model)
 
@@ -209,37 +207,6 @@ def tiles(mask, pattern):
     """(out, in) -> a view (out / R, R, in / C, C), with R x C the pattern's block or 1 x its group."""
     rows, columns = pattern.rows, pattern.group or pattern.columns
     return mask.view(mask.shape[0] // rows, rows, mask.shape[1] // columns, columns)
-
-
-def whole_blocks(mask, pattern):
-    """How many blocks of a mask bool (out, in) live whole, and how many are wholly zero: (int, int)."""
-    blocks = tiles(mask.view(torch.uint8), pattern)             # minimum and maximum are slower over bool
-    return int(blocks.amin((1, 3)).sum()), int((blocks.amax((1, 3)) == 0).sum())
-
-
-def fits(mask, pattern):
-    """Is the mask bool (out, in) made of the pattern's blocks or groups? One weight in a thousand may break a block:
-    where a file was rounded to 16 bits, a few of its smallest weights became zero."""
-    if mask.shape[0] % pattern.rows or mask.shape[1] % (pattern.group or pattern.columns):
-        return False
-    if pattern.group:
-        return bool((tiles(mask, pattern).sum(3) == pattern.keep).all())
-    alive, dead = whole_blocks(mask, pattern)
-    size, kept = pattern.rows * pattern.columns, int(mask.sum())
-    return size * alive >= 0.999 * kept and size * dead >= 0.999 * (mask.numel() - kept)
-
-
-def find_pattern(masks, hints=()):
-    """The Pattern that masks, bool (out, in) each, are made of; None if nothing in them is pruned.
-
-    hints: Patterns to try first, as a person names them or a directory records them; then 1x4 and 4x1 are tried; what
-    is left is unstructured. Masks without a zero (a fresh pooler) say nothing.
-    """
-    masks = [mask for mask in masks if not bool(mask.all())]
-    if not masks:
-        return None
-    candidates = [pattern for pattern in (*hints, Pattern(1, 4), Pattern(4, 1)) if pattern != Pattern()]
-    return next((pattern for pattern in candidates if all(fits(mask, pattern) for mask in masks)), Pattern())
 
 
 def report(model):

@@ -29,7 +29,7 @@ from data.encode import check_pairs, evaluation_data, match_classes, tokenizer_o
 from data.recipes import RECIPES
 from data.settings import (LEAST_SPARSITY, check_device, check_length, check_numbers, check_stage, check_teacher,
                            corpus_path, data_folder, deciding, follow_zeros, free_zeros, preset_for, pretraining_data,
-                           recipe_for)
+                           recipe_for, start_vocabulary)
 from formats import model_directory, run
 from formats.command import Parser, add_settings, show_any_letter
 from formats.config import compression_of, read_config
@@ -38,6 +38,7 @@ from formats.hub import locate
 from formats.int8 import write_int8
 from formats.machine import cores, default_activation_bits, has_bf16, keep_freed_memory
 from formats.model_directory import kind_of
+from formats.patterns import pattern_of
 from formats.processes import (add_gradients, demand_agreement, join_processes, leave_processes, processes,
                                started_together, summed)
 from formats.report import (engine_report, format_kinds, format_metrics, format_report, format_table, table_line,
@@ -75,7 +76,7 @@ class Settings:
     # distillation
     temperature: float = 2.0          # of the distillation's softmax
     kd_weight: float = 0.5            # share of the loss that comes from the teacher, 0 to 1
-    kd_positions: str = "all"         # where pre-training distils: all (not padding) or masked (cheaper)
+    kd_target: str = "all"            # of pre-training: the vocabulary at all or at masked tokens, or hidden states
     # quantization
     activation_bits: int | None = None  # 7 or 8; default: 7 where this CPU's INT8 product would saturate, else 8
     weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
@@ -99,7 +100,7 @@ class Settings:
 CHOICES = {
     "stage": ("pretrain", "prune", "finetune", "quantize", "evaluate", "all"), "preset": tuple(network.PRESETS),
     "recipe": (*(name for name in RECIPES if "published" in RECIPES[name]), "help"),
-    "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_positions": ("all", "masked"),
+    "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_target": ("all", "masked", "hidden"),
     "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
     "activation_bits": (7, 8),
 }
@@ -216,7 +217,9 @@ def parents_of(s):
     init = None if random else parent(row.start, s.init, "init")
     if s.teacher == "none" or not (row.teacher or s.teacher):
         return init, None
-    return init, parent(row.teacher, s.teacher, "teacher")
+    # The hidden states to keep are those of the very model that is pruned.
+    given = s.init if row.data == "text" and s.kd_target == "hidden" else ""
+    return init, parent(row.teacher, s.teacher or given, "teacher")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def run_stage(s):
         seconds = train(s, model.to(s.device), teacher, data, decided, log, out, state)
         leave_processes()                                 # the rest is for one
         if log.directory:
-            finish_stage(s, model, tokenizer, data, log, seconds)
+            finish_stage(s, model, teacher, tokenizer, data, log, seconds)
     finally:
         log.close()
     return out
@@ -272,7 +275,7 @@ def build_model_and_data(s, init, say):
     check_length(s.max_len, config)
     if row_of(s).data == "text":
         data = pretraining_data(s, tokenizer, s.max_len, config)
-        kind, task = "pretraining", None
+        kind, task = "encoder" if s.kd_target == "hidden" else "pretraining", None
         check_pairs(config, data.next_sentence, init)
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
@@ -281,7 +284,9 @@ def build_model_and_data(s, init, say):
     for note in data.notes():
         say(note)
     if init:
-        return model_directory.load(init, kind, fresh_head=s.stage != "quantize", say=say, task=task), tokenizer, data
+        model = model_directory.load(init, kind, fresh_head=s.stage != "quantize", say=say, task=task)
+        start_vocabulary(model, data)
+        return model, tokenizer, data
     return network.build(config, kind, len(data.labels) if kind == "classification" else 2), tokenizer, data
 
 
@@ -300,7 +305,7 @@ def prepare_layers(s, model, say=print):
         network.set_dropout(model, s.dropout)
     prune.check_pattern(model, prune.parse_pattern(s.pattern))
     if s.mask == "locked":
-        prune.lock(model, [prune.parse_pattern(s.pattern)])
+        prune.lock(model, pattern_of(model, [prune.parse_pattern(s.pattern)]))
         if prune.measured_sparsity(model) < LEAST_SPARSITY:
             raise InputError(f"--stage {s.stage} locks the zeros of the model it starts from, and {s.init or 'that'} "
                              f"has next to none; prune it first, or give --sparsity 0 for a dense model")
@@ -358,7 +363,7 @@ def train(s, model, teacher, data, decided, log, out, state):
                 torch.manual_seed(dropout_seed(s, step, number))
                 with autocast(s):
                     loss, parts = distill.loss(model, teacher, batch, denominators, s.temperature, s.kd_weight,
-                                               s.kd_positions)
+                                               s.kd_target)
                 loss.backward()
                 total += float(loss.detach())
                 terms = {name: terms.get(name, 0.0) + value for name, value in parts.items()}
@@ -366,7 +371,7 @@ def train(s, model, teacher, data, decided, log, out, state):
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT))
             figures = summed({"loss": total, **terms, "interrupts": len(interrupted)}, s.device)
             stop = figures.pop("interrupts")
-            demand_finite(s, step, figures["loss"], norm, out)
+            run.demand_finite(figures["loss"], norm, step, s.lr, out)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if row_of(s).rounded:
@@ -400,21 +405,14 @@ def autocast(s):
     return torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
 
 
-def demand_finite(s, step, loss, norm, out):
-    """InputError once the loss or its gradient is no number."""
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise InputError(f"the loss became {loss} and its gradient {norm} at step {step}; the last checkpoint is kept "
-                         f"in {out}; try a lower --lr than {s.lr:g}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # After the loop
 
-def finish_stage(s, model, tokenizer, data, log, seconds):
+def finish_stage(s, model, teacher, tokenizer, data, log, seconds):
     """Burn the zeros in, recount them, evaluate, and write the model directory; metrics.json comes last."""
     out = directory_of(s, row_of(s))
     prune.burn_in(model)
-    metrics, layers, sparsity = evaluate(s, model, data), prune.report(model), prune.measured_sparsity(model)
+    metrics, layers, sparsity = evaluate(s, model, data, teacher), prune.report(model), prune.measured_sparsity(model)
     compression = {"pattern": s.pattern if s.mask != "dense" else "dense", "sparsity": sparsity}
     if s.task:
         compression.update(task=s.task, max_len=s.max_len)
@@ -438,11 +436,11 @@ def finish_stage(s, model, tokenizer, data, log, seconds):
 
 
 @torch.no_grad()
-def evaluate(s, model, data):
-    """Metrics of the task, or the losses on the held-out documents."""
+def evaluate(s, model, data, teacher=None):
+    """Metrics of the task, or the losses on the held-out documents: the labels' alone, but for an encoder's."""
     model.eval()
     with autocast(s):
-        if model.kind != "pretraining":
+        if model.kind in ("classification", "span"):
             def predict(batch):
                 batch = to_device(batch, s.device)
                 return model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
@@ -450,10 +448,11 @@ def evaluate(s, model, data):
         batches = [to_device(batch, s.device) for batch in data.validation_batches(s.batch_size, limit=50)]
         denominators, sums = distill.denominators(batches), {}
         for batch in batches:
-            for name, value in distill.loss(model, None, batch, denominators)[1].items():
+            for name, value in distill.loss(model, teacher if model.kind == "encoder" else None, batch,
+                                            denominators)[1].items():
                 sums[name] = sums.get(name, 0.0) + value
     if not denominators["masked"]:
-        sums.pop("mlm")                                   # there was no word to predict
+        sums.pop("mlm", None)                                   # there was no word to predict
     return {f"validation_{name}_loss": value for name, value in sums.items()}
 
 
@@ -488,14 +487,18 @@ def run_evaluate(s):
 def run_all(typed):
     """Every stage in turn for every task, then the INT8 engine on the files they left, then one table."""
     started = time.monotonic()
-    base = resolve({**typed, "task": "", "sparsity": None}, "pretrain")
-    later = {name: value for name, value in typed.items() if name not in ("init", "teacher")}
-    later.update(preset=base.preset, out=base.out)
-    pruned = resolve({**later, "task": ""}, "prune")            # every mistake in the settings shows before step 0
-    chains = [(resolve({**later, "task": task, "sparsity": 0.0}, "finetune"),
+    pruned = resolve({**typed, "task": ""}, "prune")            # every mistake in the settings shows before step 0
+    later = {**{name: value for name, value in typed.items() if name not in ("init", "teacher")},
+             "preset": pruned.preset, "out": pruned.out}
+    if pruned.kd_target == "hidden":                            # both upstream and task teachers start from --init
+        upstream, dense = [pruned], {"init": pruned.init} if pruned.init else {}
+    else:
+        teacher = resolve({**typed, "task": "", "sparsity": None}, "pretrain")
+        upstream, dense = [teacher, resolve({**later, "task": ""}, "prune")], {}
+    chains = [(resolve({**later, **dense, "task": task, "sparsity": 0.0}, "finetune"),
                *(resolve({**later, "task": task}, stage) for stage in ("finetune", "quantize")))
               for task in ([typed["task"]] if "task" in typed else tasks.TASKS)]
-    directories, lines = [run_stage(base), run_stage(pruned)], []
+    directories, lines = [run_stage(s) for s in upstream], []
     for chain in chains:
         task, own = chain[-1].task, [run_stage(s) for s in chain]
         engine = engine_report(HERE / "infer_cpu.py", own[-1], task, chain[-1].data, chain[-1].threads)
@@ -503,7 +506,7 @@ def run_all(typed):
         directories += own
     table = format_table(lines, directories, time.monotonic() - started)
     print("\n" + table)
-    write_file(Path(base.out) / "table.txt", table + "\n")
+    write_file(Path(pruned.out) / "table.txt", table + "\n")
 
 
 def start(typed):

@@ -67,7 +67,7 @@ def run_benchmark(settings):
 def benchmark(settings, directory):
     """Every engine that can run, on the same random batches; prints a table, returns the figures."""
     kind, config, _ = kind_of(directory)
-    if kind == "pretraining":
+    if kind in ("encoder", "pretraining"):
         raise InputError(f"{directory} is a pre-trained model without a task head; benchmark a fine-tuned one, or "
                          f"--random")
     length = settings.max_len or 128

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-SETTINGS = ("stage", "task", "pattern", "sparsity", "steps", "batch_size", "max_len", "lr", "kd_weight", "kd_positions",
+SETTINGS = ("stage", "task", "pattern", "sparsity", "steps", "batch_size", "max_len", "lr", "kd_weight", "kd_target",
             "precision", "seed", "threads")
 
 

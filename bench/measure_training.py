@@ -71,7 +71,7 @@ def pretrain_ours(preset, precision, steps, positions):
     """Seconds per step, with masks that stay as they are, as theirs do."""
     keep_freed_memory()
     s = our_settings(preset, precision, steps, stage="prune", sparsity=0.5, batch_size=SIZES[preset], max_len=LENGTH,
-                     kd_positions=positions)
+                     kd_target=positions)
     config = network.PRESETS[preset]
     student, teacher = (network.build(config, "pretraining") for _ in range(2))
     for _, layer in prune.prunable(student):

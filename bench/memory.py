@@ -64,7 +64,7 @@ def estimate_memory(s, model, teacher):
     forward = 3 * hidden + layers * layer
     if model.kind == "pretraining":
         words = model.encoder.word.weight
-        positions = rows * s.max_len * (1 if teacher and s.kd_positions == "all" else 0.15)
+        positions = rows * s.max_len * (1 if teacher and s.kd_target == "all" else 0.15)
         forward += 3 * 4 * words.numel()                # their gradient: as decoder, as input table, and the sum
         logits, number = positions * len(words), 2 if s.precision == "bf16" else 4
         chunks = min(2, math.ceil(logits / distill.CHUNK_ELEMENTS))                     # the next, before the last goes

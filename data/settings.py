@@ -17,6 +17,7 @@ from formats.config import preset_of, read_config
 from formats.hub import locate
 from formats.machine import has_bf16
 from formats.names import published_name
+from formats.patterns import find_pattern
 from formats.run import fingerprint
 from model import PRESETS, InputError
 
@@ -61,7 +62,7 @@ def follow_zeros(s, chosen):
     for name in (chosen.get("pattern"), recorded):
         with contextlib.suppress(InputError, TypeError):
             hints.append(prune.parse_pattern(name))
-    found, share = prune.find_pattern(masks, hints), chosen.get("sparsity")
+    found, share = find_pattern(masks, hints), chosen.get("sparsity")
     other_pattern = "pattern" in chosen and found != hints[0]
     other_sparsity = share is not None and abs(share - sparsity) > 0.01
     if other_pattern or other_sparsity:
@@ -116,6 +117,10 @@ def check_teacher(directory, model, tokenizer, say):
     if model.kind == "pretraining" and config.vocab_size != model.config.vocab_size:
         raise InputError(f"the teacher {directory} predicts {config.vocab_size} tokens and the student "
                          f"{model.config.vocab_size}; give a teacher of the same vocabulary, or --teacher none")
+    sizes = (config.hidden_size, config.num_hidden_layers)
+    if model.kind == "encoder" and sizes != (model.config.hidden_size, model.config.num_hidden_layers):
+        raise InputError(f"--kd-target hidden needs a teacher of the student's {model.config.num_hidden_layers} layers "
+                         f"of {model.config.hidden_size}, and {directory} has {sizes[1]} of {sizes[0]}")
     if model.kind == "pretraining" and config.model_type == "distilbert" != model.config.model_type:
         say(f"the teacher {directory} has no next-sentence head: that term comes from the labels alone")
 
@@ -156,6 +161,9 @@ def check_stage(s, allowed_masks):
                          + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
+    if s.kd_target == "hidden" and (s.stage == "pretrain" or s.teacher == "none"):
+        raise InputError(f"--kd-target hidden distils an encoder in --stage prune from its teacher; leave it out with "
+                         f"--stage {s.stage}" + " --teacher none" * (s.teacher == "none"))
     if s.mask not in allowed_masks:
         raise InputError(f"--mask {s.mask} does not go with --stage {s.stage} at --sparsity {s.sparsity:g}; it takes "
                          f"{' or '.join(allowed_masks)}")
@@ -210,8 +218,20 @@ def corpus_path(s):
 
 
 def pretraining_data(s, tokenizer, length, config):
+    """Text as rows; nothing of it is masked where hidden states are distilled."""
     return text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, length,
-                                next_sentence=config.model_type == "bert", seed=s.seed)
+                                next_sentence=config.model_type == "bert", seed=s.seed,
+                                **({"mask_probability": 0.0} if s.kd_target == "hidden" else {}))
+
+
+@torch.no_grad()
+def start_vocabulary(model, data):
+    """A vocabulary head that was not trained yet, on an encoder that was, starts with the logarithm of how frequent each
+    token is in the text: AdamW could not move the bias that far in a short run."""
+    if model.kind == "pretraining" and not bool(model.bias.any()):
+        known = data.log_frequencies()
+        model.bias.fill_(known.min())                       # an embedding may have more rows than the vocabulary
+        model.bias[:len(known)] = known
 
 
 def check_length(length, config):

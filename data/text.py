@@ -208,7 +208,7 @@ class PretrainingData:
       the front or back of the longer segment. (BERT's script draws once, in advance, and hands the sentences that B
       replaced to the next span. Here they wait for another epoch: the cost of a fixed number of spans.)
     * without (DistilBERT, arXiv 1910.01108): [CLS] sentence [SEP] sentence [SEP] …, all of token type 0.
-    * the mask: 15 % of the tokens that are not special, at least one, become labels; of these 80 % turn into [MASK],
+    * the mask: 15 % of the tokens that are not special, at least one (none at 0 %), become labels; of these 80 % turn into [MASK],
       10 % into a random token and 10 % stay.
 
     The first 5 % of the documents are for validation. `documents` are lists of sentences, or Shards of them: where the
@@ -245,6 +245,14 @@ class PretrainingData:
         self.is_special[special] = True
         self.ordinary = np.flatnonzero(~self.is_special)
         self._epoch, self._order = -1, None     # a cache, no state: see _training_order
+
+    def log_frequencies(self) -> torch.Tensor:
+        """float32 (ids,): the logarithm of each token's share of the text, every token counted once more; of a long
+        text, of what `notes` looks at."""
+        counts = np.ones(len(self.is_special))
+        for shard in self.shards:
+            counts += np.bincount(shard.tokens[:LOOKED_AT // len(self.shards)], minlength=len(counts))
+        return torch.from_numpy(np.log(counts / counts.sum())).float()
 
     def notes(self) -> list[str]:
         """A line that says what of the text teaches nothing: documents of one sentence, which have no next one, and
@@ -371,7 +379,7 @@ class PretrainingData:
         """Add `labels` to the row and mask its `input_ids`."""
         input_ids, labels = row["input_ids"], np.full_like(row["input_ids"], IGNORED)
         candidates = np.flatnonzero(~self.is_special[input_ids])
-        count = min(len(candidates), max(1, round(self.mask_probability * len(candidates))))
+        count = min(len(candidates), max(int(self.mask_probability > 0), round(self.mask_probability * len(candidates))))
         chosen = generator.permutation(candidates)[:count]
         labels[chosen] = input_ids[chosen]
         draw = generator.random(count)

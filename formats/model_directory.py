@@ -181,6 +181,8 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print, task=Non
             raise InputError(f"{path} has no classifier; give a directory that was fine-tuned on a classification task")
         num_labels = head.shape[0]
     model = build(config, kind, num_labels or 2)
+    if kind == "encoder" and not any("pooler" in name for name in found):
+        model.encoder.pooler = None                     # as in a file of a masked language model
     wanted = {published_name(config.model_type, name): tensor for name, tensor in model.state_dict().items()}
     if fresh_head:                              # a head for another task (another shape) counts as missing
         found = {name: tensor for name, tensor in found.items()
@@ -201,10 +203,20 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print, task=Non
         wanted[name].copy_(found[name])         # state_dict shares its memory with the model
     if missing:
         say(f"{path}: starts with fresh weights for {names_in_short(missing)}")
+        if published_name(config.model_type, "transform.weight") in missing:
+            start_transform(model)
     if unexpected:
         say(f"{path}: leaves out {names_in_short(unexpected)}")
     load_compression(model, directory, fresh=missing)
     return model
+
+
+@torch.no_grad()
+def start_transform(model):
+    """A fresh transform of the vocabulary head starts as the identity: a random one would tear the hidden states away
+    from the word embeddings, to which the decoder is tied."""
+    model.transform.weight.copy_(torch.eye(model.config.hidden_size))
+    model.transform.bias.zero_()
 
 
 def order_classes(found, raw, task, directory, fresh_head, say):
@@ -278,6 +290,8 @@ def kind_of(directory):
         found = kinds_of_heads(directory, config.model_type)
     else:
         found = {kinds[name] for name in (named if isinstance(named, list) else ()) if name in list(kinds)}
+    if len(found) > 1:
+        found -= {"encoder"}                            # a head named beside the encoder that it stands on
     if len(found) != 1:
         heads = f", and its weights have heads for {' and '.join(sorted(found)) or 'nothing'}" if named is None else ""
         raise InputError(f"{Path(directory) / 'config.json'} says architectures {named!r}{heads}; expected one of "
@@ -291,7 +305,7 @@ def kinds_of_heads(directory, model_type):
     names = read_safetensors(packed)[0] if packed.is_file() else read_weights(directory, say=lambda line: None)[0]
     heads = {"pretraining": "transform", "classification": "classifier", "span": "span"}
     return {kind for kind, head in heads.items()
-            if any(name.startswith(NAMES[model_type][head] + ".") for name in names)}
+            if any(name.startswith(NAMES[model_type][head] + ".") for name in names)} or {"encoder"}
 
 
 def weight_files(path):

@@ -44,6 +44,7 @@ NAMES = {
     },
 }
 ARCHITECTURES = {
+    ("bert", "encoder"): "BertModel", ("distilbert", "encoder"): "DistilBertModel",
     ("bert", "pretraining"): "BertForPreTraining", ("distilbert", "pretraining"): "DistilBertForMaskedLM",
     ("bert", "classification"): "BertForSequenceClassification",
     ("distilbert", "classification"): "DistilBertForSequenceClassification",

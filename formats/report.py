@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import prune
+from formats.patterns import whole_blocks
 from model import InputError
 
 
@@ -31,7 +32,7 @@ def format_kinds(model):
                 if masks[0].shape[0] % pattern.rows or masks[0].shape[1] % pattern.columns:
                     line += f"{'-':>11}"
                 else:
-                    line += f"{4 * sum(sum(prune.whole_blocks(mask, pattern)) for mask in masks) / weights:>11.2%}"
+                    line += f"{4 * sum(sum(whole_blocks(mask, pattern)) for mask in masks) / weights:>11.2%}"
             lines.append(line)
     return lines
 

@@ -8,6 +8,7 @@
 import contextlib
 import csv
 import hashlib
+import math
 import platform
 import re
 import signal
@@ -309,6 +310,13 @@ def interrupts():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def demand_finite(loss, norm, step, rate, out):
+    """InputError once a step's loss or the norm of its gradient is no number. rate: the peak learning rate."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise InputError(f"the loss became {loss} and its gradient {norm} at step {step}; the last checkpoint is kept "
+                         f"in {out}; try a lower --lr than {rate:g}")
 
 
 def first_line(error):

@@ -112,7 +112,7 @@ def span_by_hand(student, teacher, batch, temperature):
     return float(hard), float(soft)
 
 
-def terms_by_hand(student, teacher, batch, temperature, kd_positions="all"):
+def terms_by_hand(student, teacher, batch, temperature, kd_target="all"):
     """The parts that distill.loss should report."""
     logits = all_logits(student, batch)
     taught = all_logits(teacher, batch) if teacher else None
@@ -126,7 +126,7 @@ def terms_by_hand(student, teacher, batch, temperature, kd_positions="all"):
     masked, real = labels != -100, batch["attention_mask"].numpy().astype(bool)
     terms = {"mlm": cross_entropy(logits[0][masked], labels[masked]).mean()}
     if teacher:
-        where = real if kd_positions == "all" else masked
+        where = real if kd_target == "all" else masked
         terms["kd"] = divergence(logits[0][where], taught[0][where], temperature).mean()
     if logits[1] is not None:
         terms["nsp"] = cross_entropy(logits[1], batch["next_sentence_label"].numpy()).mean()
@@ -179,8 +179,8 @@ def test_distillation_at_the_masked_positions_only():
     student, teacher, batch = make(seed=0), make(seed=1), make_batch()
     everywhere = terms_by_hand(student, teacher, batch, 2.0, "all")
     masked = terms_by_hand(student, teacher, batch, 2.0, "masked")
-    assert_loss(loss_of(student, teacher, batch, kd_positions="all"), everywhere, 0.5)
-    assert_loss(loss_of(student, teacher, batch, kd_positions="masked"), masked, 0.5)
+    assert_loss(loss_of(student, teacher, batch, kd_target="all"), everywhere, 0.5)
+    assert_loss(loss_of(student, teacher, batch, kd_target="masked"), masked, 0.5)
     assert abs(everywhere["kd"] - masked["kd"]) > 1e-3 and everywhere["mlm"] == masked["mlm"]
 
 
@@ -195,7 +195,7 @@ def test_distilbert_has_no_next_sentence(kind):
     assert_loss(loss_of(student, None, batch), terms_by_hand(student, None, batch, 2.0), 0.0)
 
 
-def direct_loss(student, teacher, batch, temperature, kd_weight, kd_positions):
+def direct_loss(student, teacher, batch, temperature, kd_weight, kd_target):
     """Pre-training as one would write it with memory to spare: all logits at once, and autograd."""
     everywhere = torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
@@ -208,7 +208,7 @@ def direct_loss(student, teacher, batch, temperature, kd_weight, kd_positions):
     hard = F.cross_entropy(logits, batch["labels"].flatten(), ignore_index=-100)
     hard = hard + F.cross_entropy(sentence, batch["next_sentence_label"])
     taught, taught_sentence = (tensor.detach() for tensor in run(teacher))
-    where = (batch["attention_mask"] == 1 if kd_positions == "all" else batch["labels"] != -100).flatten()
+    where = (batch["attention_mask"] == 1 if kd_target == "all" else batch["labels"] != -100).flatten()
 
     def soft(student_logits, teacher_logits):
         p = (teacher_logits / temperature).softmax(-1)
@@ -218,14 +218,14 @@ def direct_loss(student, teacher, batch, temperature, kd_weight, kd_positions):
 
 
 @pytest.mark.parametrize("rows_per_chunk", [4, 1000])         # other sizes: test_chunks_equal_the_whole
-@pytest.mark.parametrize("kd_positions", ["all", "masked"])
-def test_gradients_equal_plain_autograd(kd_positions, rows_per_chunk, monkeypatch):
+@pytest.mark.parametrize("kd_target", ["all", "masked"])
+def test_gradients_equal_plain_autograd(kd_target, rows_per_chunk, monkeypatch):
     """Of every parameter; the word embeddings are input table and decoder at once."""
     monkeypatch.setattr(distill, "CHUNK_ELEMENTS", rows_per_chunk * 97)
     teacher, batch = make(seed=1), make_batch()
     student, other = make(seed=0), make(seed=0)
-    loss_of(student, teacher, batch, temperature=3.0, kd_weight=0.3, kd_positions=kd_positions)[0].backward()
-    direct_loss(other, teacher, batch, 3.0, 0.3, kd_positions).backward()
+    loss_of(student, teacher, batch, temperature=3.0, kd_weight=0.3, kd_target=kd_target)[0].backward()
+    direct_loss(other, teacher, batch, 3.0, 0.3, kd_target).backward()
     assert_same_gradients(gradients(student), gradients(other))
     assert student.encoder.word.weight.grad.abs().max() > 0 and student.bias.grad.abs().max() > 0
 
@@ -340,8 +340,8 @@ def test_no_labels_and_no_positions(with_teacher):
     student, teacher, batch = make(seed=0), make(seed=1) if with_teacher else None, make_batch()
     count = distill.denominators([batch])
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    for kd_positions in ("all", "masked"):
-        total, parts = distill.loss(student, teacher, batch, count, kd_positions=kd_positions)
+    for kd_target in ("all", "masked"):
+        total, parts = distill.loss(student, teacher, batch, count, kd_target=kd_target)
         total.backward()
         assert parts["mlm"] == 0 and torch.isfinite(total)
         assert all(torch.isfinite(grad).all() for grad in gradients(student).values() if grad is not None)
@@ -422,10 +422,10 @@ def test_span_logits_in_the_padding_get_no_gradient():
         assert torch.equal(before, after) and not before[padding].any() and before[~padding].any()
 
 
-@pytest.mark.parametrize("kd_positions", ["all", "masked"])
+@pytest.mark.parametrize("kd_target", ["all", "masked"])
 @pytest.mark.parametrize("with_teacher", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_batch_of_sixteen_equals_four_of_four(kind, with_teacher, kd_positions):
+def test_one_batch_of_sixteen_equals_four_of_four(kind, with_teacher, kd_target):
     """The micro-batches hold different numbers of tokens and labels, so a mean of their means would differ."""
     batch, teacher = make_batch(kind, rows=16), make(kind, 1) if with_teacher else None
     pieces = [{name: tensor[i:i + 4] for name, tensor in batch.items()} for i in range(0, 16, 4)]
@@ -434,7 +434,7 @@ def test_one_batch_of_sixteen_equals_four_of_four(kind, with_teacher, kd_positio
     for batches in ([batch], pieces):
         student, count, total, sums = make(kind, 0), distill.denominators(batches), 0.0, {}
         for piece in batches:
-            value, parts = distill.loss(student, teacher, piece, count, kd_positions=kd_positions)
+            value, parts = distill.loss(student, teacher, piece, count, kd_target=kd_target)
             value.backward()
             total += float(value.detach())
             sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}

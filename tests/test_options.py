@@ -16,7 +16,7 @@ COMMON = [("--seed", "1"), ("--steps", "5"), ("--batch-size", "4"), ("--max-len"
 TAUGHT = [("--temperature", "7"), ("--kd-weight", "0.1"), ("--teacher", "none")]
 OPTIONS = {
     "pretrain": [*COMMON, ("--precision", "fp32")],
-    "prune": [*COMMON, *TAUGHT, ("--kd-positions", "masked"), ("--sparsity", "0.5"), ("--pattern", "4x1"),
+    "prune": [*COMMON, *TAUGHT, ("--kd-target", "masked"), ("--sparsity", "0.5"), ("--pattern", "4x1"),
               ("--ramp-end", "0.25"), ("--update-end", "0.5"), ("--update-every", "0.5"), ("--init", "teacher")],
     "teacher": [*COMMON, ("--init", "random")],
     "finetune": [*COMMON, *TAUGHT],

@@ -17,8 +17,9 @@ from formats import report, safetensors
 from formats.hub import fetch, locate
 from formats.model_directory import load, save
 from formats.names import published_name
+from formats.patterns import find_pattern, pattern_of
 from model import PRESETS, build
-from prune import Pattern, find_pattern, lock, magnitude_mask, prunable
+from prune import Pattern, lock, magnitude_mask, prunable
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -253,7 +254,7 @@ def test_the_pattern_is_found_and_exactly_the_zeros_are_locked(pattern):
     assert found == {Pattern(2, 4): Pattern(1, 4), Pattern(1, 8): Pattern(1, 4)}.get(
         pattern, Pattern() if pattern.group else pattern)
     assert find_pattern(masks, [Pattern(), Pattern(8, 8), Pattern(1, 5)]) == found        # hints that do not fit
-    lock(model, [pattern])
+    lock(model, pattern)
     for name, layer in prunable(model):
         assert torch.equal(layer.mask, ~zeros[name]), name
     sum((logits ** 2).sum() for logits in our_outputs(model, make_batch())).backward()
@@ -284,11 +285,11 @@ def test_a_weight_rounded_to_zero_does_not_hide_the_blocks():
     row, column = (int(index) for index in blocks.nonzero()[100])
     layer.output.weight.data[row, column] = 0.0
     layer.output.mask.fill_(True)
-    lock(layer)
+    lock(layer, pattern_of(layer))
     assert torch.equal(layer.output.mask, blocks)
     layer.output.weight.data[blocks.nonzero()[:3000:70].unbind(1)] = 0.0      # too many to be an accident
     layer.output.mask.fill_(True)
-    lock(layer)
+    lock(layer, pattern_of(layer))
     assert torch.equal(layer.output.mask, layer.output.weight != 0)
 
 

@@ -44,7 +44,7 @@ def test_recipes_hold_the_published_numbers(recipe):
     for stage in ("pretrain", "prune"):
         s = resolved(recipe, stage)
         assert (s.steps, s.batch_size, s.max_len, s.warmup, s.weight_decay) == (100_000, 256, 512, 0.01, 0.01)
-    assert (s.kd_weight, s.temperature, s.kd_positions) == (0.5, 2.0, "all")
+    assert (s.kd_weight, s.temperature, s.kd_target) == (0.5, 2.0, "all")
     assert train.ramp_of(s) == prune.Ramp(s.sparsity, 0, 50_000, 80_000, 1_000)
     assert resolved(recipe, "pretrain").init.endswith(s.preset + "-uncased") and not s.init
     distil, rows = s.preset == "distilbert-base", 32 if recipe == "bert-large-80-1x4" else 12

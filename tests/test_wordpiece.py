@@ -182,7 +182,7 @@ def test_batches_without_a_word_to_predict(chain, tmp_path, capsys):
     mixed = "\n\n".join([unknown] * 3 + [f"{known if n % 4 == 0 else unknown}" for n in range(60)])
     (tmp_path / "mixed.txt").write_text(mixed, encoding="utf-8")
     (tmp_path / "only.txt").write_text("\n\n".join([unknown] * 30), encoding="utf-8")
-    for teacher in ([], ["--teacher", str(chain / "pretrain"), "--kd-positions", "masked"]):
+    for teacher in ([], ["--teacher", str(chain / "pretrain"), "--kd-target", "masked"]):
         train.main(["--stage", "pretrain", "--init", str(chain / "pretrain"), "--corpus", str(tmp_path / "mixed.txt"),
                     *SHORT[:2], "--batch-size", "1", "--max-len", "16", "--steps", "12", *teacher, "--out",
                     str(tmp_path / f"out{len(teacher)}")])

@@ -1,0 +1,169 @@
+"""The evidence for MiniLM-L6 on real text and tasks: dense, pruned while fine-tuning (the paper's baseline), the paper's
+upstream, and the hidden-state upstream of recipe minilm-l6; each at 1x4 80 % and unstructured 85 %, then INT8.
+
+    python -m bench.measure_minilm --init MODEL_DIR --corpus TEXT --data TASKS           hours on two cores; goes on
+    python -m bench.measure_minilm ... --device cuda --jobs 8                            where it was killed
+
+Every run is a directory of train.py below --out, and is done once; --tasks, --patterns and --upstream choose some. What
+is finished is written to --json after every run: settings, commit, machine, seconds and tokens of each.
+"""
+import argparse
+import csv
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.tasks import TASKS
+from formats.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+PATTERNS = {"1x4": "0.8", "unstructured": "0.85"}
+PAPER = ["--kd-target", "all", "--lr", "5e-4", "--steps", "2000"]       # as long as the recipe's own upstream, or longer
+TEACHER_STEPS = "2000"
+
+
+@dataclass
+class Job:
+    name: str
+    directory: Path
+    flags: list
+    needs: list = field(default_factory=list)           # names of jobs
+    engines: tuple = ()                                 # to evaluate the directory with, on the CPU
+    task: str = ""
+
+
+def plan(options):
+    """The jobs, each behind those that it needs."""
+    out, jobs = Path(options.out), []
+    common = ["--preset", "minilm-l6", "--device", options.device]
+
+    def job(name, folder, written, flags, needs=(), engines=(), task=""):
+        jobs.append(Job(name, out / folder / written, [*common, "--out", str(out / folder), *flags], list(needs), engines,
+                        task))
+        return str(jobs[-1].directory)
+
+    model, text = ["--init", options.init], ["--corpus", options.corpus]
+    if "paper" in options.upstream:
+        paper = job("paper teacher", "paper", "pretrain", ["--stage", "pretrain", *model, *text, "--steps", TEACHER_STEPS])
+    for pattern in options.patterns:
+        zeros = ["--pattern", pattern, "--sparsity", PATTERNS[pattern]]
+        if "hidden" in options.upstream:
+            job(f"hidden {pattern}", "hidden", f"prune-{pattern}-{PATTERNS[pattern]}",
+                ["--stage", "prune", *model, *text, *zeros])
+        if "paper" in options.upstream:
+            job(f"paper {pattern}", "paper", f"prune-{pattern}-{PATTERNS[pattern]}",
+                ["--stage", "prune", "--init", paper, "--teacher", paper, *text, *zeros, *PAPER], ["paper teacher"])
+    dense = {task: job(f"{task} dense", "dense", f"{task}/teacher",
+                       ["--stage", "finetune", "--sparsity", "0", *model, "--task", task, "--data", options.data])
+             for task in options.tasks}
+    ways = [(way, seed) for way in options.upstream for seed in (range(options.seeds) if way == "hidden" else (0,))]
+    for (way, seed), task, pattern in itertools.product(ways, options.tasks, options.patterns):
+        ends, name, folder = f"{pattern}-{PATTERNS[pattern]}", f"{task} {way} {pattern} seed {seed}", f"{way}/seed-{seed}"
+        taught = ["--pattern", pattern, "--sparsity", PATTERNS[pattern], "--task", task, "--data", options.data,
+                  "--teacher", dense[task], "--seed", str(seed)]
+        if way == "gradual":
+            sparse = job(name, folder, f"{task}/gradual-{ends}",
+                         ["--stage", "finetune", "--mask", "gradual", *model, *taught], [f"{task} dense"])
+        else:
+            sparse = job(name, folder, f"{task}/sparse-{ends}",
+                         ["--stage", "finetune", "--init", str(out / way / f"prune-{ends}"), *taught],
+                         [f"{task} dense", f"{way} {pattern}"])
+        job(f"{name} int8", folder, f"{task}/int8-{ends}", ["--stage", "quantize", "--init", sparse, *taught], [name],
+            options.engines, task)
+    return jobs
+
+
+def run(job, options):
+    """Train one directory unless it is finished, then evaluate it with the engines. What is printed goes to a file."""
+    job.directory.mkdir(parents=True, exist_ok=True)
+    log = job.directory.with_name(job.directory.name + ".out")
+    commands = [] if (job.directory / "metrics.json").is_file() else [
+        ["train.py", *job.flags, *(["--steps", options.steps] if options.steps else []), "--resume", "--threads",
+         str(options.threads)]]
+    for engine in job.engines:
+        report = job.directory / f"infer-{engine}.json"
+        if not report.is_file():
+            commands.append(["infer_cpu.py", str(job.directory), "--evaluate", "--task", job.task, "--data", options.data,
+                             "--engine", engine, "--threads", str(options.threads), "--json", str(report),
+                             *(["--agreement"] if engine == "native" else [])])
+    for command in commands:
+        with open(log, "a", encoding="utf-8") as file:
+            done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file, stderr=file)
+        if done.returncode:
+            raise RuntimeError(f"{job.name}: {' '.join(command)} ended with {done.returncode}; see {log}")
+
+
+def tokens_of(directory):
+    """How many tokens a run was trained on, from the rows of its log."""
+    with open(directory / "log.csv", newline="") as file:
+        rows = [(float(row["seconds"]), float(row["tokens_per_second"])) for row in csv.DictReader(file)]
+    before = [0.0, *(seconds for seconds, _ in rows)]
+    return round(sum((seconds - start) * speed for start, (seconds, speed) in zip(before, rows)))
+
+
+def collect(jobs):
+    """{name: what is known of a finished run}."""
+    found = {}
+    for job in (job for job in jobs if (job.directory / "metrics.json").is_file()):
+        made, result = (json.loads((job.directory / name).read_text()) for name in ("run.json", "metrics.json"))
+        engines = {engine: json.loads((job.directory / f"infer-{engine}.json").read_text()) for engine in job.engines
+                   if (job.directory / f"infer-{engine}.json").is_file()}
+        found[job.name] = {**{name: made[name] for name in ("settings", "git_commit", "processor", "torch", "processes")},
+                           **{name: result[name] for name in ("metrics", "sparsity", "file_bytes", "training_seconds")},
+                           "tokens": tokens_of(job.directory), "engines": engines}
+    return found
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", required=True, help="the folder of MiniLM-L6")
+    parser.add_argument("--corpus", required=True, help="text for the upstream stages")
+    parser.add_argument("--data", required=True, help="the folder of the tasks")
+    parser.add_argument("--out", default="out/measure-minilm", help="where the runs go")
+    parser.add_argument("--json", default=str(ROOT / "bench" / "minilm.json"), help="the file to write")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=2, help="of each")
+    parser.add_argument("--steps", help="of every run, in place of the recipe's: to try it out")
+    parser.add_argument("--seeds", type=int, default=1, help="of the transfer from the hidden-state upstream")
+    for name, choices in (("tasks", tuple(TASKS)), ("patterns", tuple(PATTERNS)), ("engines", ("native", "int8")),
+                          ("upstream", ("hidden", "gradual", "paper"))):
+        parser.add_argument(f"--{name}", type=lambda value: tuple(value.split(",")), default=choices)
+    options = parser.parse_args(arguments)
+    jobs = plan(options)
+    waiting, done, running, failed, lock = list(jobs), set(), {}, [], threading.Lock()
+
+    def work(job):
+        try:
+            run(job, options)
+            with lock:
+                done.add(job.name)
+                write_json(options.json, {"command": sys.argv[1:], "runs": collect(jobs)})
+        except Exception as error:
+            failed.append(str(error))
+        finally:
+            running.pop(job.name)
+
+    while waiting or running:
+        for job in [job for job in waiting if set(job.needs) <= done][:options.jobs - len(running)]:
+            waiting.remove(job)
+            running[job.name] = threading.Thread(target=work, args=(job,))
+            running[job.name].start()
+            print(f"{time.strftime('%H:%M:%S')} {len(done)} of {len(jobs)} done; starts {job.name}", flush=True)
+        if failed and not running:
+            sys.exit("\n".join(failed))
+        time.sleep(0.2)
+        if not running and not any(set(job.needs) <= done for job in waiting):
+            break
+    print(f"{len(done)} of {len(jobs)} runs; wrote {options.json}")
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
