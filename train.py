@@ -99,7 +99,7 @@ class Settings:
 
 CHOICES = {
     "stage": ("pretrain", "prune", "finetune", "quantize", "evaluate", "all"), "preset": tuple(network.PRESETS),
-    "recipe": (*(name for name in RECIPES if "published" in RECIPES[name]), "help"),
+    "recipe": (*(name for name in RECIPES if name not in network.PRESETS), "help"),
     "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_target": ("all", "masked", "hidden"),
     "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
     "activation_bits": (7, 8),

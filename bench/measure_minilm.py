@@ -1,5 +1,5 @@
-"""The evidence for MiniLM-L6 on real text and tasks: dense, pruned while fine-tuning (the paper's baseline), the paper's
-upstream, and the hidden-state upstream of recipe minilm-l6; each at 1x4 80 % and unstructured 85 %, then INT8.
+"""The evidence for MiniLM-L6 on real text and tasks, by recipe minilm-l6-hidden: dense, pruned while fine-tuning (the
+paper's baseline), from the paper's upstream, and from hidden states; each at 1x4 80 % and unstructured 85 %, then INT8.
 
     python -m bench.measure_minilm --init MODEL_DIR --corpus TEXT --data TASKS           hours on two cores; goes on
     python -m bench.measure_minilm ... --device cuda --jobs 8                            where it was killed
@@ -40,16 +40,17 @@ class Job:
 def plan(options):
     """The jobs, each behind those that it needs."""
     out, jobs = Path(options.out), []
-    common = ["--preset", "minilm-l6", "--device", options.device]
+    common = ["--recipe", "minilm-l6-hidden", "--preset", "minilm-l6", "--device", options.device]
 
     def job(name, folder, written, flags, needs=(), engines=(), task=""):
-        jobs.append(Job(name, out / folder / written, [*common, "--out", str(out / folder), *flags], list(needs), engines,
-                        task))
+        jobs.append(Job(name, out / folder / written, [*common, "--out", str(out / folder), *flags], list(needs),
+                        engines, task))
         return str(jobs[-1].directory)
 
     model, text = ["--init", options.init], ["--corpus", options.corpus]
     if "paper" in options.upstream:
-        paper = job("paper teacher", "paper", "pretrain", ["--stage", "pretrain", *model, *text, "--steps", TEACHER_STEPS])
+        paper = job("paper teacher", "paper", "pretrain",
+                    ["--stage", "pretrain", *model, *text, "--steps", TEACHER_STEPS])
     for pattern in options.patterns:
         zeros = ["--pattern", pattern, "--sparsity", PATTERNS[pattern]]
         if "hidden" in options.upstream:
@@ -63,7 +64,8 @@ def plan(options):
              for task in options.tasks}
     ways = [(way, seed) for way in options.upstream for seed in (range(options.seeds) if way == "hidden" else (0,))]
     for (way, seed), task, pattern in itertools.product(ways, options.tasks, options.patterns):
-        ends, name, folder = f"{pattern}-{PATTERNS[pattern]}", f"{task} {way} {pattern} seed {seed}", f"{way}/seed-{seed}"
+        ends, folder = f"{pattern}-{PATTERNS[pattern]}", f"{way}/seed-{seed}"
+        name = f"{task} {way} {pattern} seed {seed}"
         taught = ["--pattern", pattern, "--sparsity", PATTERNS[pattern], "--task", task, "--data", options.data,
                   "--teacher", dense[task], "--seed", str(seed)]
         if way == "gradual":
@@ -88,8 +90,8 @@ def run(job, options):
     for engine in job.engines:
         report = job.directory / f"infer-{engine}.json"
         if not report.is_file():
-            commands.append(["infer_cpu.py", str(job.directory), "--evaluate", "--task", job.task, "--data", options.data,
-                             "--engine", engine, "--threads", str(options.threads), "--json", str(report),
+            commands.append(["infer_cpu.py", str(job.directory), "--evaluate", "--task", job.task, "--data",
+                             options.data, "--engine", engine, "--threads", str(options.threads), "--json", str(report),
                              *(["--agreement"] if engine == "native" else [])])
     for command in commands:
         with open(log, "a", encoding="utf-8") as file:
@@ -113,9 +115,10 @@ def collect(jobs):
         made, result = (json.loads((job.directory / name).read_text()) for name in ("run.json", "metrics.json"))
         engines = {engine: json.loads((job.directory / f"infer-{engine}.json").read_text()) for engine in job.engines
                    if (job.directory / f"infer-{engine}.json").is_file()}
-        found[job.name] = {**{name: made[name] for name in ("settings", "git_commit", "processor", "torch", "processes")},
-                           **{name: result[name] for name in ("metrics", "sparsity", "file_bytes", "training_seconds")},
-                           "tokens": tokens_of(job.directory), "engines": engines}
+        found[job.name] = {
+            **{name: made[name] for name in ("settings", "git_commit", "processor", "torch", "processes")},
+            **{name: result[name] for name in ("metrics", "sparsity", "file_bytes", "training_seconds")},
+            "tokens": tokens_of(job.directory), "engines": engines}
     return found
 
 

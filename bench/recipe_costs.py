@@ -21,7 +21,7 @@ def operations(s):
     config = PRESETS[s.preset]
     hidden, layers = config.hidden_size, config.num_hidden_layers
     forward = layers * (2 * (4 * hidden ** 2 + 2 * hidden * config.intermediate_size) + 4 * hidden * s.max_len)
-    if not s.task:                  # the vocabulary: at every token where a teacher is asked about all, else at 15 %
+    if not s.task and s.kd_target != "hidden":                  # the vocabulary: at every token where a teacher is asked about all, else at 15 %
         everywhere = s.stage == "prune" and s.kd_target == "all"
         forward += 2 * hidden * (hidden + config.vocab_size) * (1 if everywhere else 0.15)
     rows = s.steps * s.batch_size if s.steps else s.epochs * TRAINING_ROWS[s.task]
@@ -62,5 +62,6 @@ Operations: two for a multiply and an add; three forward passes a step and one f
 may be, so real runs, whose rows are shorter, take less. GLUE is SST-2, MNLI, QQP and QNLI together. GPU-days: one A100
 at 40 % of its 312e12 operations a second in bf16, and of 19.5e12 in float32, in which quantize trains; the 40 % are an
 assumption, nobody has run these here. Which numbers are published, by whom, and which are not stands beside each of
-them in data/recipes.py; the learning rate of pretrain and prune is not.
+them in data/recipes.py; the learning rate of pretrain and prune is not. There is one more, of ours, minilm-l6-hidden:
+hidden states in place of the vocabulary, for a budget of hours (python -m bench.measure_minilm).
 """

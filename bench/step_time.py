@@ -23,6 +23,7 @@ from model import InputError
 
 STEPS = 6
 PHASES = {"waiting for data": (Future, "result"), "vocabulary, its loss and gradient": (distill, "vocabulary_loss"),
+          "hidden states of both, forward": (distill, "hidden_loss"),
           "backward, without the vocabulary": (torch.Tensor, "backward"),
           "gradient norm": (torch.nn.utils, "clip_grad_norm_"), "AdamW": (torch.optim.AdamW, "step"),
           "mask update": (prune, "update_masks")}

@@ -1,8 +1,9 @@
 """Hyper-parameters, with the source of each number: what differs from the defaults of train.Settings.
 
 RECIPES[name] holds, per kind of training, a dictionary of settings. 'dense' is the fine-tuning of a task teacher;
-'dense squad' and the like are laid over it. The first five names are sizes of model.PRESETS, the others published
-models: 'model' there holds for every stage, and 'published' lists the models. Where the numbers come from:
+'dense squad' and the like are laid over it. The first five names are sizes of model.PRESETS, the others are chosen
+by --recipe: 'model' there holds for every stage, and 'published' lists models that others published. Where the numbers
+come from:
 
     [1] arXiv 2111.05754, the paper; the appendix with its hyper-parameters was not to be found
     [2] IntelLabs/Model-Compression-Research-Package: research/prune-once-for-all/teacher_preparation.sh and
@@ -52,24 +53,15 @@ RECIPES = {
         "finetune squad": dict(epochs=8, lr=1e-3),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
     },
-    # Ours, for a budget of hours on two cores: hidden states in place of the vocabulary (distill.hidden_loss), 40 million
-    # tokens; bench/minilm.json holds what it gives.
     "minilm-l6": {
-        "pretrain": dict(dropout=0.0, steps=2000, batch_size=64, max_len=128, lr=5e-4, beta2=0.98),
-        "prune": dict(dropout=0.0, kd_target="hidden", steps=5000, batch_size=64, max_len=128, lr=1e-3, beta2=0.98,
-                      warmup=0.02),
-        "dense": dict(epochs=4, batch_size=32, max_len=128, lr=1e-4, warmup=0.06),
-        "dense sst2": dict(epochs=3, batch_size=64, lr=8e-5),
-        "dense qqp": dict(epochs=3, batch_size=128, lr=2e-4),
-        "dense squad": dict(epochs=2, batch_size=48, max_len=384, lr=1.5e-4),
-        "finetune": dict(epochs=8, batch_size=32, max_len=128, lr=2e-4, warmup=0.05, kd_weight=1.0),
-        "finetune sst2": dict(epochs=5, batch_size=128, lr=4e-4),
-        "finetune qqp": dict(epochs=3, batch_size=128, lr=4e-4),
-        "finetune squad": dict(epochs=2, batch_size=48, max_len=384, lr=3e-4),
-        "quantize": dict(epochs=1, batch_size=32, max_len=128, lr=5e-5, warmup=0.05, kd_weight=1.0),
-        "quantize sst2": dict(batch_size=128, lr=1e-4),
-        "quantize qqp": dict(batch_size=128, lr=1e-4),
-        "quantize squad": dict(epochs=0.5, batch_size=48, max_len=384, lr=1e-4),
+        "pretrain": dict(dropout=0.0, steps=1000, batch_size=32, max_len=128, lr=2e-4),
+        "prune": dict(dropout=0.0, steps=500, batch_size=32, max_len=128, lr=5e-4, kd_target="masked"),
+        "dense": dict(epochs=1, max_len=128, lr=5e-5, warmup=0.06),
+        "dense squad": dict(epochs=1, max_len=384, lr=1e-4),
+        "finetune": dict(epochs=1, max_len=128, lr=1e-4, warmup=0.02, kd_weight=1.0),
+        "finetune squad": dict(epochs=1, max_len=384, lr=1.5e-4),
+        "quantize": dict(epochs=0.25, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
+        "quantize squad": dict(epochs=0.25, max_len=384),
     },
     "distilbert-base": DISTILBERT, "bert-base": PAPER, "bert-large": PAPER,
 
@@ -110,4 +102,24 @@ RECIPES = {
         **DISTILBERT, "model": dict(preset="distilbert-base", pattern="unstructured", sparsity=0.9),
         "pretrain": dict(**PAPER["pretrain"], init="distilbert/distilbert-base-uncased"),
         "published": ["distilbert-base-uncased-sparse-90-unstructured-pruneofa"]},
+
+    # Ours, for a budget of hours: hidden states in place of the vocabulary (distill.hidden_loss), 40 million tokens.
+    "minilm-l6-hidden": {
+        "model": dict(preset="minilm-l6"),
+        "pretrain": dict(dropout=0.0, steps=2000, batch_size=64, max_len=128, lr=5e-4, beta2=0.98),
+        "prune": dict(dropout=0.0, kd_target="hidden", steps=5000, batch_size=64, max_len=128, lr=1e-3, beta2=0.98,
+                      warmup=0.02),
+        "dense": dict(epochs=4, batch_size=32, max_len=128, lr=1e-4, warmup=0.06),
+        "dense sst2": dict(epochs=3, batch_size=64, lr=8e-5),
+        "dense qqp": dict(epochs=3, batch_size=128, lr=2e-4),
+        "dense squad": dict(epochs=2, batch_size=48, max_len=384, lr=1.5e-4),
+        "finetune": dict(epochs=8, batch_size=32, max_len=128, lr=2e-4, warmup=0.05, kd_weight=1.0),
+        "finetune sst2": dict(epochs=5, batch_size=128, lr=4e-4),
+        "finetune qqp": dict(epochs=3, batch_size=128, lr=4e-4),
+        "finetune squad": dict(epochs=2, batch_size=48, max_len=384, lr=3e-4),
+        "quantize": dict(epochs=1, batch_size=32, max_len=128, lr=5e-5, warmup=0.05, kd_weight=1.0),
+        "quantize sst2": dict(batch_size=128, lr=1e-4),
+        "quantize qqp": dict(batch_size=128, lr=1e-4),
+        "quantize squad": dict(epochs=0.5, batch_size=48, max_len=384, lr=1e-4),
+    },
 }

@@ -6,7 +6,7 @@ import prune
 
 def whole_blocks(mask, pattern):
     """How many blocks of a mask bool (out, in) live whole, and how many are wholly zero: (int, int)."""
-    blocks = prune.tiles(mask.view(torch.uint8), pattern)             # minimum and maximum are slower over bool
+    blocks = prune.tiles(mask.view(torch.uint8), pattern)       # minimum and maximum are slower over bool
     return int(blocks.amin((1, 3)).sum()), int((blocks.amax((1, 3)) == 0).sum())
 
 
@@ -31,8 +31,9 @@ def find_pattern(masks, hints=()):
     masks = [mask for mask in masks if not bool(mask.all())]
     if not masks:
         return None
-    candidates = [pattern for pattern in (*hints, prune.Pattern(1, 4), prune.Pattern(4, 1)) if pattern != prune.Pattern()]
-    return next((pattern for pattern in candidates if all(fits(mask, pattern) for mask in masks)), prune.Pattern())
+    unstructured = prune.Pattern()
+    candidates = [pattern for pattern in (*hints, prune.Pattern(1, 4), prune.Pattern(4, 1)) if pattern != unstructured]
+    return next((pattern for pattern in candidates if all(fits(mask, pattern) for mask in masks)), unstructured)
 
 
 def pattern_of(model, hints=()):

@@ -22,7 +22,7 @@ def resolved(recipe, stage, task="", **typed):
 
 
 def test_there_is_a_recipe_for_every_published_model():
-    assert [name for name in train.CHOICES["recipe"] if name != "help"] == RECIPES
+    assert train.CHOICES["recipe"] == (*RECIPES, "minilm-l6-hidden", "help")
     published = [name for recipe in RECIPES for name in recipes.RECIPES[recipe]["published"]]
     assert len(published) == len(set(published)) == 9                  # eight, and the paper's BERT-Large 90 %
     for recipe in RECIPES:
@@ -87,6 +87,17 @@ def test_operations_by_hand():
     for typed, passes, epochs in (({}, 4, 9), ({"sparsity": 0.0}, 3, 3)):
         settings = resolved("bert-base-90-unstructured", "finetune", "sst2", **typed)
         assert recipe_costs.operations(settings) == pytest.approx(passes * epochs * 67_349 * 128 * short)
+
+
+def test_hidden_states_cost_no_vocabulary():
+    token = 2 * 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 6 * 2 * 2 * 128 * 384
+    settings = resolved("minilm-l6-hidden", "prune")
+    assert (settings.kd_target, settings.preset, settings.dropout) == ("hidden", "minilm-l6", 0.0)
+    assert recipe_costs.operations(settings) == pytest.approx(4 * token * 5000 * 64 * 128)
+    assert settings.steps * settings.batch_size * settings.max_len < 41e6           # the budget: 40 million tokens
+    for task in ("sst2", "mnli", "qqp", "qnli", "squad"):
+        settings = resolved("minilm-l6-hidden", "finetune", task)
+        assert settings.kd_weight == 1.0 and settings.max_len == (384 if task == "squad" else 128)
 
 
 def test_recipe_help_is_a_table(capsys):
