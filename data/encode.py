@@ -104,6 +104,9 @@ def answer(engine, texts, pairs, contexts, max_len):
     rows, raw = encoder.encode(list(texts), list(pairs) or None), read_config(engine.directory)[1]
     for begin in range(0, len(rows), 32):
         shares = probabilities(raw, engine(encoder.collate(rows[begin:begin + 32])))
+        if not bool(shares.isfinite().all()):
+            raise InputError(f"{engine.directory} answers with what is no number: its weights are so large that sums of "
+                             f"them overflow; give another model")
         names = class_names(raw, shares.shape[1])
         results += [(names[int(row.argmax())], float(row.max())) for row in shares]
     return results

@@ -357,6 +357,16 @@ def test_weights_that_are_no_numbers_are_named(value, tmp_path, world, chain, ca
     assert str(path) in message and name in message and "--lr" not in message
 
 
+def test_answers_that_are_no_numbers_are_refused(tmp_path):
+    """Every weight is a number, and their sums are not."""
+    foreign(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, _ = read_safetensors(path)
+    tensors["classifier.weight"].fill_(3e38)
+    write_safetensors(path, tensors)
+    assert "overflow" in error_of(answers, tmp_path)
+
+
 def test_numbers_of_a_kind_that_is_not_read_are_named(tmp_path):
     foreign(tmp_path)
     path = tmp_path / "model.safetensors"
