@@ -496,3 +496,19 @@ def test_bfloat16_autocast_is_close_to_float32(kind, monkeypatch):
         results.append((float(total.detach()), torch.cat(found)))
     assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
     assert float(F.cosine_similarity(results[0][1], results[1][1], dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("masked", [0, 1, 2])
+def test_the_term_of_masked_words_is_a_mean_over_however_few(masked):
+    """None of them: the term is zero, and so is what it adds to the gradient."""
+    student, batch = make(), make_batch()
+    places = [(0, 1), (2, 2)][:masked]
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for row, token in places:
+        batch["labels"][row, token] = 5
+    logits = all_logits(student, batch)[0]
+    expected = sum(float(cross_entropy(logits[place], 5)) for place in places) / max(1, masked)
+    total, parts = loss_of(student, None, batch)
+    total.backward()
+    assert parts["mlm"] == pytest.approx(expected, rel=1e-5)
+    assert bool(student.transform.weight.grad.any()) == (masked > 0)

@@ -469,3 +469,13 @@ def test_batches_are_made_ahead_one_step_and_an_error_in_them_is_one_sentence(wo
         train.main([*arguments, "--out", str(tmp_path / "other")])
     assert stopped.value.code == 2 and capsys.readouterr().err.endswith("\ntrain.py: the corpus is gone\n")
     assert asked[3:] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_teacher_is_kept_in_the_precision_of_the_run(precision, dtype, chain):
+    settings = train.Settings(stage="finetune", task="sst2", precision=precision)
+    directory = chain / "sst2/teacher"
+    model = model_directory.load(directory, "classification")
+    teacher = train.load_teacher(settings, directory, model, encode.tokenizer_of(directory), None, print)
+    weights = [layer.weight for _, layer in network.linears(teacher)] + [teacher.encoder.word.weight]
+    assert all(weight.dtype == dtype and not weight.requires_grad for weight in weights) and not teacher.training
