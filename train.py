@@ -346,13 +346,14 @@ def train(s, model, teacher, data, decided, log, out, state):
     of (seed, step), so a resumed run ends with the same bits. Returns seconds spent training, earlier sessions
     included."""
     ramp, pattern, warmup = ramp_of(s), prune.parse_pattern(s.pattern), round(s.warmup * s.steps)
+    rounded = row_of(s).rounded
     optimizer = make_optimizer(s, model)
     first, earlier = run.restore(model, optimizer, state)
     sparsity = prune.measured_sparsity(model)
     model.train()
     with run.interrupts() as interrupted, run.Progress(s.stage, first, s.steps, log, earlier) as progress:
         for step, batches in batches_ahead(data, first, s.steps, s.batch_size, s.micro_batch, s.device):
-            if row_of(s).rounded and step == 0:
+            if rounded and step == 0:
                 look_at_ranges(s, model, batches)
             rate = s.lr * prune.learning_rate_factor(step, s.steps, warmup, ramp)
             for group in optimizer.param_groups:
@@ -374,7 +375,7 @@ def train(s, model, teacher, data, decided, log, out, state):
             run.demand_finite(figures["loss"], norm, step, s.lr, out)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if row_of(s).rounded:
+            if rounded:
                 quant.update_ranges(model)
             if ramp and prune.updates_at(step, ramp):
                 prune.update_masks(model, step, ramp, pattern)

@@ -1,6 +1,6 @@
-"""The results of a folder of runs (what train.py and infer_cpu.py left there) as one small file for docs/.
+"""The results of a folder of runs (what train.py and infer_cpu.py left there) as one small file.
 
-    python -m bench.collect_runs out/minilm-l6 --json docs/sst2.json
+    python -m bench.collect_runs out/minilm-l6 --json bench/sst2.json
 """
 import argparse
 import json

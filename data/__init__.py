@@ -21,6 +21,9 @@ exactly as if it had never stopped. Nothing has to be saved for that.
 
 from pathlib import Path
 
+from formats.files import demand_content
+from model import InputError
+
 
 class DataError(ValueError):
     """A mistake in a file, not in the program. The message is the one sentence the person at the keyboard reads:
@@ -49,8 +52,8 @@ def read_text(path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; check the path")
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs.github.com/"):
-        raise DataError(f"{path}: this is a pointer of git-LFS, not the file itself; fetch that with git lfs pull, or "
-                        "download the file")
-    return decode(content, path)
+    try:
+        demand_content(path)
+    except InputError as error:
+        raise DataError(str(error)) from None
+    return decode(path.read_bytes(), path)

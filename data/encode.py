@@ -88,7 +88,7 @@ def as_inputs(batch, model):
 
 
 def answer(engine, texts, pairs, contexts, max_len):
-    """Engine.answer."""
+    """What infer_cpu.Engine.answer returns, of an infer_cpu.Engine and the arguments that are described there."""
     encoder, results = encoder_for(engine.directory, engine.model.kind, max_len), []
     if engine.model.kind == "span":
         for question, context in zip(texts, contexts, strict=True):
@@ -105,8 +105,8 @@ def answer(engine, texts, pairs, contexts, max_len):
     for begin in range(0, len(rows), 32):
         shares = probabilities(raw, engine(encoder.collate(rows[begin:begin + 32])))
         if not bool(shares.isfinite().all()):
-            raise InputError(f"{engine.directory} answers with what is no number: its weights are so large that sums of "
-                             f"them overflow; give another model")
+            raise InputError(f"{engine.directory} answers with what is no number: its weights are so large that sums "
+                             f"of them overflow; give another model")
         names = class_names(raw, shares.shape[1])
         results += [(names[int(row.argmax())], float(row.max())) for row in shares]
     return results
@@ -116,6 +116,9 @@ def evaluation_data(directory, kind, task, folder, max_len, split="dev"):
     """(task, its TaskData) to evaluate a model of this kind on. task: None for the one it was trained on; folder: ""
     for the tiny world. InputError if model and task do not go together; `match_classes` looks at the rest."""
     task = task or compression_of(directory).get("task")
+    if kind == "encoder":
+        raise InputError(f"{directory} is an encoder without a task; fine-tune it first: python train.py --stage "
+                         f"finetune --task TASK --init {directory}")
     if task not in list(TASKS):
         raise InputError(f"{directory} does not say which task it was trained on; give --task, one of "
                          f"{', '.join(TASKS)}")

@@ -178,10 +178,22 @@ def check_device(s):
         raise InputError(f"--precision bf16: this {s.device} does not multiply bf16 in hardware; use --precision fp32")
 
 
+def not_looked_at(s, init, teacher):
+    """Settings that this stage makes no use of. init, teacher: its directories, or None."""
+    return [*(("pattern",) if s.mask == "dense" else ()),
+            *(("ramp_end", "update_end", "update_every") if s.mask != "gradual" else ()),
+            *(("temperature", "kd_weight") if teacher is None else ()),
+            *(("kd_target",) if teacher is None or s.task else ()),
+            *(("activation_bits", "weight_scales") if s.stage != "quantize" else ()),
+            *(("corpus",) if s.task and init else ()), *(("data",) if not s.task else ())]
+
+
 def deciding(s, init, teacher):
-    """What decides what is computed: {"settings": {setting: value}, "inputs": {setting: fingerprint of its files}}.
-    Where there is dropout, the settings include the rows of a forward pass; else these change the rounding alone."""
-    settings = {name: value for name, value in asdict(s).items() if name not in NOT_PART_OF_THE_RUN}
+    """What decides what is computed: {"settings": {setting: value}, "inputs": {setting: fingerprint of its files}}, of
+    those that the stage looks at: a dense teacher is the same for every --pattern. Where there is dropout, the settings
+    include the rows of a forward pass; else these change the rounding alone."""
+    idle = {*NOT_PART_OF_THE_RUN, *not_looked_at(s, init, teacher)}
+    settings = {name: value for name, value in asdict(s).items() if name not in idle}
     if has_dropout(s, init):
         settings["micro_batch"] = rows_at_once(s)
     return {"settings": settings, "inputs": {name: fingerprint(paths) for name, paths in
@@ -226,8 +238,8 @@ def pretraining_data(s, tokenizer, length, config):
 
 @torch.no_grad()
 def start_vocabulary(model, data):
-    """A vocabulary head that was not trained yet, on an encoder that was, starts with the logarithm of how frequent each
-    token is in the text: AdamW could not move the bias that far in a short run."""
+    """A vocabulary head that was not trained yet, on an encoder that was, starts with the logarithm of how frequent
+    each token is in the text: AdamW could not move the bias that far in a short run."""
     if model.kind == "pretraining" and not bool(model.bias.any()):
         known = data.log_frequencies()
         model.bias.fill_(known.min())                       # an embedding may have more rows than the vocabulary

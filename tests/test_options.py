@@ -1,5 +1,7 @@
 """Every option that reaches the loop does something: a few steps with it changed give other weights."""
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import DIRECTORIES, commands
 
 import model as network
 import train
+from data import settings
 from data.batches import dropout_seed
 from formats.safetensors import read_safetensors
 
@@ -32,13 +35,13 @@ def weights_of(stage, world, chain, out, *changes):
     given = dict(zip(changes[::2], changes[1::2]))
     start = {"pretrain": (), "prune": ("pretrain", "pretrain"), "teacher": ("pretrain",),
              "finetune": ("prune", "teacher"), "gradual": ("pretrain", "teacher"), "quantize": ("finetune", "teacher")}
-    settings = dict(zip(("--init", "--teacher"), (str(chain / DIRECTORIES[name]) for name in start[stage])))
-    settings = {**settings, **given}
-    if settings.get("--init") == "teacher":
-        settings["--init"] = str(chain / DIRECTORIES["teacher"])
+    flags = dict(zip(("--init", "--teacher"), (str(chain / DIRECTORIES[name]) for name in start[stage])))
+    flags = {**flags, **given}
+    if flags.get("--init") == "teacher":
+        flags["--init"] = str(chain / DIRECTORIES["teacher"])
     arguments = commands(world, out, steps=STEPS)[stage]
     # warm-up would make the first of so few steps one without effect
-    typed = [each for pair in settings.items() for each in pair]
+    typed = [each for pair in flags.items() for each in pair]
     train.main([*arguments, "--warmup", "0", "--update-every", "0.25", *typed])
     directory, = (path.parent for path in out.rglob("metrics.json"))
     return read_safetensors(directory / "model.safetensors")[0]
@@ -62,6 +65,26 @@ def test_every_option_reaches_the_loop(stage, flag, value, plain, world, chain, 
         pytest.skip("this CPU trains in fp32 anyway")
     changed = weights_of(stage, world, chain, tmp_path, flag, value)
     assert any(not torch.equal(changed[name], tensor) for name, tensor in plain[stage].items())
+
+
+IDLE = {"corpus": "nowhere", "data": "nowhere", "pattern": "4x1", "ramp_end": "0.25", "update_end": "0.5",
+        "update_every": "0.5", "temperature": "7", "kd_weight": "0.1", "kd_target": "masked", "activation_bits": "7",
+        "weight_scales": "tensor"}
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_what_a_stage_does_not_look_at_changes_nothing_and_may_differ_on_resume(stage, plain, world, chain, tmp_path):
+    """So a dense teacher is kept when --stage all goes on with another pattern."""
+    started = json.loads((chain / DIRECTORIES[stage] / "run.json").read_text())
+    s = train.Settings(**started["settings"])
+    init, teacher = (Path(started[name]) if started[name] else None for name in ("parent", "teacher"))
+    idle, decided = settings.not_looked_at(s, init, teacher), settings.deciding(s, init, teacher)["settings"]
+    changes = [each for name in idle for each in ("--" + name.replace("_", "-"), IDLE[name])]
+    assert not set(idle) & set(decided) and len(idle) + len(decided) >= len(dataclasses.fields(s)) - 4
+    changed = weights_of(stage, world, chain, tmp_path, *changes)
+    assert all(torch.equal(changed[name], tensor) for name, tensor in plain[stage].items())
+    used = {flag.lstrip("-").replace("-", "_") for flag, _ in OPTIONS[stage]} - {"init", "teacher", "steps"}
+    assert used <= set(decided)                       # and what is seen to change the weights decides
 
 
 def test_no_option_is_left_out():

@@ -411,3 +411,16 @@ def test_what_counts_as_dropout(changes, typed, expected, tmp_path):
     foreign(tmp_path, "span", **changes)
     assert settings.has_dropout(train.Settings(dropout=typed), tmp_path) == expected
     assert settings.has_dropout(train.Settings(preset="tiny", dropout=typed), None) == (typed != 0.0)
+
+
+def test_the_chain_goes_on_with_another_pattern_and_keeps_its_teachers(world, tmp_path, capsys):
+    """README's second line for real data: --stage all, and again with other zeros and --resume."""
+    arguments = ["--stage", "all", *SHORT, "--corpus", str(world / "corpus.txt"), "--data", str(world), "--task",
+                 "sst2", "--steps", "4", "--out", str(tmp_path)]
+    train.main(arguments)
+    kept = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in ("pretrain", "sst2/teacher")}
+    capsys.readouterr()
+    train.main([*arguments, "--pattern", "1x4", "--sparsity", "0.8", "--resume"])
+    assert capsys.readouterr().out.count("kept as it is") == 2
+    assert kept == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in kept}
+    assert (tmp_path / "sst2/int8-1x4-0.8/metrics.json").is_file()
