@@ -59,7 +59,7 @@ def hidden_loss(student, teacher, inputs, count):
     real, hidden = inputs[1].bool(), 0.0
     for ours, theirs in zip(student.encoder.states(*inputs), teacher.encoder.states(*inputs), strict=True):
         hidden = hidden + (relative_error(ours, theirs) * real).sum() / count["tokens"]
-    if student.encoder.pooler is None:
+    if student.encoder.pooler is None or teacher.encoder.pooler is None:        # DistilBERT has none
         return combine({"hidden": hidden}, {}, 0.0)
     pooled = relative_error(student.encoder.pooled(ours), teacher.encoder.pooled(theirs)).sum() / count["rows"]
     return combine({"hidden": hidden, "pooled": pooled}, {}, 0.0)

@@ -21,6 +21,7 @@ DISTILBERT_KEYS = dict(hidden_size="dim", num_hidden_layers="n_layers", num_atte
                        intermediate_size="hidden_dim", hidden_dropout_prob="dropout",
                        attention_dropout_prob="attention_dropout", classifier_dropout="seq_classif_dropout",
                        span_dropout="qa_dropout")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")      # transformers also takes these for DistilBERT
 COMMON_KEYS = {name: name for name in ("vocab_size", "max_position_embeddings", "initializer_range")}
 
 
@@ -41,7 +42,7 @@ def read_config(directory):
                              f"another model")
     keys = {**(BERT_KEYS if model_type == "bert" else DISTILBERT_KEYS), **COMMON_KEYS}
     defaults = PRESETS["bert-base" if model_type == "bert" else "distilbert-base"]
-    given = {ours: raw.get(theirs, raw.get(ours)) for ours, theirs in keys.items()}     # transformers reads both names
+    given = {ours: raw.get(theirs, raw.get(ours) if ours in SIZES else None) for ours, theirs in keys.items()}
     values = {name: value for name, value in given.items() if value is not None}
     for name, value in values.items():
         default = getattr(defaults, name)
@@ -104,5 +105,6 @@ def compression_of(directory):
     """What config.json records of the training: task, max_len, pattern, ... ; {} for a model from elsewhere."""
     value = read_config(directory)[1].get("compression") or {}
     if not isinstance(value, dict) or not isinstance(value.get("task", ""), str):
-        raise InputError(f"{Path(directory) / 'config.json'} says compression {value!r}; expected an object, whose task is a name")
+        raise InputError(f"{Path(directory) / 'config.json'} says compression {value!r}; expected an object, whose task "
+                         f"is a name")
     return value

@@ -60,6 +60,12 @@ def test_the_loss_by_hand(config):
     assert distill.loss(teacher, teacher, batch, distill.denominators([batch]))[1]["hidden"] == 0
 
 
+def test_a_teacher_without_a_pooler_teaches_the_layers_alone():
+    batch = make_batch("classification")
+    total, parts = distill.loss(make(0), make(1, DISTILBERT), batch, distill.denominators([batch]))
+    assert parts.keys() == {"hidden"} and float(total.detach()) == pytest.approx(parts["hidden"])
+
+
 def test_padding_and_labels_do_not_count():
     student, teacher, batch = make(0), make(1), make_batch("pretraining")
     count = distill.denominators([batch])
