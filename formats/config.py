@@ -105,6 +105,6 @@ def compression_of(directory):
     """What config.json records of the training: task, max_len, pattern, ... ; {} for a model from elsewhere."""
     value = read_config(directory)[1].get("compression") or {}
     if not isinstance(value, dict) or not isinstance(value.get("task", ""), str):
-        raise InputError(f"{Path(directory) / 'config.json'} says compression {value!r}; expected an object, whose task "
-                         f"is a name")
+        raise InputError(f"{Path(directory) / 'config.json'} says compression {value!r}; expected an object, whose "
+                         f"task is a name")
     return value
