@@ -1,29 +1,52 @@
-"""The results of a folder of runs (what train.py and infer_cpu.py left there) as one small file.
+"""What train.py and infer_cpu.py left in the directories of runs, as records for a results file.
 
     python -m bench.collect_runs out/minilm-l6 --json bench/sst2.json
 """
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 
-SETTINGS = ("stage", "task", "pattern", "sparsity", "steps", "batch_size", "max_len", "lr", "kd_weight", "kd_target",
-            "precision", "seed", "threads")
+from formats.files import write_json
+from train import Settings
+
+PLACES = ("init", "teacher", "corpus", "data")       # a name says enough: where they lay is nobody's business
+SAME_IN_ALL = ("git_commit", "processor", "cores", "torch", "python")
+
+
+def settings_of(settings):
+    """{setting: value} of all that differ from the defaults of train.Settings, places by their last name. settings:
+    dict as in run.json."""
+    defaults = {field.name: field.default for field in fields(Settings)}
+    return {name: Path(value).name if name in PLACES else value for name, value in settings.items()
+            if value != defaults[name] and name not in ("out", "resume")}
+
+
+def record(directory):
+    """Of one finished run: settings, commit, machine, metrics, seconds, bytes; what the INT8 engine measured."""
+    directory = Path(directory)
+    run, result = (json.loads((directory / name).read_text()) for name in ("run.json", "metrics.json"))
+    engine = directory / "infer.json"
+    return {"settings": settings_of(run["settings"]), **{name: run[name] for name in SAME_IN_ALL},
+            **{name: result[name] for name in ("metrics", "sparsity", "training_seconds")},
+            "file_bytes": {file.name: file.stat().st_size for file in sorted(directory.glob("*.safetensors"))},
+            **({"engine": json.loads(engine.read_text())} if engine.is_file() else {})}
 
 
 def collect(root):
-    """{run's folder below root: its settings, machine, metrics, seconds, bytes; what the INT8 engine measured}"""
-    runs = {}
-    for path in sorted(Path(root).rglob("metrics.json")):
-        run, result = json.loads((path.parent / "run.json").read_text()), json.loads(path.read_text())
-        runs[str(path.parent.relative_to(root))] = entry = {
-            "settings": {name: run["settings"][name] for name in SETTINGS if run["settings"][name] not in ("", None)},
-            **{name: run[name] for name in ("processor", "cores", "torch", "git_commit")},
-            **{name: result[name] for name in ("metrics", "sparsity", "training_seconds")},
-            "file_bytes": {file.name: file.stat().st_size for file in sorted(path.parent.glob("*.safetensors"))}}
-        engine = path.parent / "infer.json"
-        if engine.is_file():
-            entry["engine"] = json.loads(engine.read_text())
-    return runs
+    """{run's folder below root: its record}"""
+    return {str(path.parent.relative_to(root)): record(path.parent)
+            for path in sorted(Path(root).rglob("metrics.json"))}
+
+
+def common(records):
+    """What all records have in common of commit, machine and versions; SystemExit where they differ, for figures of
+    several commits make no table."""
+    for name in SAME_IN_ALL:
+        values = {entry[name] for entry in records}
+        if len(values) > 1:
+            raise SystemExit(f"these runs differ in {name}: {', '.join(map(str, sorted(values)))}; give another --out")
+    return {name: records[0][name] for name in SAME_IN_ALL}
 
 
 if __name__ == "__main__":
@@ -31,4 +54,4 @@ if __name__ == "__main__":
     parser.add_argument("runs", help="the folder that --out named")
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     arguments = parser.parse_args()
-    arguments.json.write_text(json.dumps(collect(arguments.runs), indent=1) + "\n")
+    write_json(arguments.json, collect(arguments.runs))

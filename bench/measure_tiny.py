@@ -1,29 +1,37 @@
 """The tiny world's story, measured over seeds: what bench/tiny.json holds and the README quotes.
 
-    python -m bench.measure_tiny --seeds 0,1,2 --out out/measure          about 12 minutes a seed on 2 cores
+    python -m bench.measure_tiny --jobs 2 --threads 1         about 15 minutes a seed and core
 
 For each seed and task, through the commands a person would type: dense; the same without pre-training; Prune OFA;
 pruning while fine-tuning (the paper's baseline); INT8, as fake quantization and through the real engine, and how often
-the two agree. The mean and the standard deviation over seeds go to --json. Runs already under --out are not run again.
+the two agree. The mean, the standard deviation and the worst over seeds go to --json, with the settings of every run.
+Runs already under --out are not run again.
 """
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bench.collect_runs import common, record
+from formats.files import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 SCORES = {"sst2": ("sst2", "accuracy"), "mnli": ("mnli", "accuracy"), "mnli-mm": ("mnli", "accuracy_mismatched"),
           "qqp": ("qqp", "accuracy"), "qnli": ("qnli", "accuracy"), "squad": ("squad", "f1")}
 TASKS = ("sst2", "mnli", "qqp", "qnli", "squad")        # what is averaged: MNLI by its matched dev set
 COLUMNS = ("guessing", "no_pretraining", "dense", "gradual", "sparse", "int8_fake", "int8", "agreement")
 
 
-def run(*arguments):
-    subprocess.run([sys.executable, str(ROOT / arguments[0]), *arguments[1:]], check=True)
+def run(log, *arguments):
+    """One command, what it prints added to the file `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        if subprocess.run([sys.executable, str(ROOT / arguments[0]), *arguments[1:]], stdout=file,
+                          stderr=file).returncode:
+            raise SystemExit(f"{' '.join(arguments)} failed; see {log}")
 
 
 def guessing(folder, name):
@@ -48,18 +56,19 @@ def guessing(folder, name):
     return dev.count(common) / len(dev)
 
 
-def measure_seed(seed, out, sparsity):
-    """{column: {task: metric}} of one seed; what is already finished under `out` is kept."""
+def measure_seed(seed, out, sparsity, threads):
+    """({column: {task: metric}} of one seed, {run: its record}); what is already finished under `out` is kept."""
     from data import tiny
-    base = ["--seed", str(seed), "--out", str(out), "--resume"]
+    base = ["--seed", str(seed), "--out", str(out), "--threads", str(threads), "--resume"]
+    log = out.with_name(out.name + ".log")
     # what the quick start does, with the same files as its result
-    run("train.py", "--stage", "all", "--sparsity", str(sparsity), *base)
+    run(log, "train.py", "--stage", "all", "--sparsity", str(sparsity), *base)
     folder, suffix = tiny.ensure(), f"unstructured-{sparsity:g}"
     results = {column: {} for column in COLUMNS}
     for task in TASKS:
         one = ["--stage", "finetune", "--task", task, *base]
-        run("train.py", *one, "--sparsity", "0", "--init", "random")
-        run("train.py", *one, "--sparsity", str(sparsity), "--mask", "gradual")
+        run(log, "train.py", *one, "--sparsity", "0", "--init", "random")
+        run(log, "train.py", *one, "--sparsity", str(sparsity), "--mask", "gradual")
     for name, (task, metric) in SCORES.items():
         results["guessing"][name] = guessing(folder, name)
         for column, path in (("no_pretraining", "random/metrics.json"), ("dense", "teacher/metrics.json"),
@@ -68,40 +77,53 @@ def measure_seed(seed, out, sparsity):
             results[column][name] = json.loads((out / task / path).read_text())["metrics"][metric]
         agreement = json.loads((out / task / f"int8-{suffix}/infer.json").read_text())["agreement"]
         results["agreement"][name] = min(agreement["equal_predictions"].values())
-    return results
+    return results, {str(path.parent.relative_to(out)): record(path.parent) for path in out.rglob("metrics.json")}
+
+
+def settings_without_seed(records):
+    """{run: its settings}, which every seed must share. records: [{run: record} of each seed]"""
+    shared = [{name: {key: value for key, value in entry["settings"].items() if key != "seed"}
+               for name, entry in sorted(seed.items())} for seed in records]
+    if any(other != shared[0] for other in shared):
+        raise SystemExit("the runs of these seeds have other settings than each other; give another --out")
+    return shared[0]
 
 
 def summarize(seeds):
-    """{column: {task or 'average': [mean, standard deviation over seeds]}}"""
+    """{column: {task or 'average': [mean, standard deviation, worst over seeds]}}"""
     summary = {}
     for column in COLUMNS:
         rows = {name: [seed[column][name] for seed in seeds.values()] for name in SCORES}
         rows["average"] = [statistics.mean(seed[column][task] for task in TASKS) for seed in seeds.values()]
-        summary[column] = {name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
-                           for name, values in rows.items()}
+        summary[column] = {name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0,
+                                  min(values)] for name, values in rows.items()}
     return summary
 
 
 def main():
-    import torch
-
-    from formats.machine import cores, processor_name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--sparsity", type=float, default=0.85)
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--out", type=Path, default=Path("out/measure"))
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "tiny.json")
     arguments = parser.parse_args()
-    seeds = {seed: measure_seed(int(seed), arguments.out / f"seed-{seed}", arguments.sparsity)
-             for seed in arguments.seeds.split(",")}
+    names = arguments.seeds.split(",")
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        measured = list(pool.map(lambda seed: measure_seed(int(seed), arguments.out / f"seed-{seed}",
+                                                           arguments.sparsity, arguments.threads), names))
+    seeds, records = {seed: result for seed, (result, _) in zip(names, measured)}, [found for _, found in measured]
     summary = summarize(seeds)
-    content = {"command": "python -m bench.measure_tiny --seeds " + arguments.seeds, "sparsity": arguments.sparsity,
-               "processor": processor_name(), "cores": cores(), "torch": torch.__version__,
-               "python": platform.python_version(), "mean_and_deviation": summary, "seeds": seeds}
-    arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(arguments.json, {
+        "command": "python -m bench.measure_tiny " + " ".join(sys.argv[1:]), "sparsity": arguments.sparsity,
+        **common([entry for found in records for entry in found.values()]),
+        "training_seconds": {seed: sum(entry["training_seconds"] for entry in found.values())
+                             for seed, found in zip(names, records)},
+        "settings": settings_without_seed(records), "mean_deviation_worst": summary, "seeds": seeds})
     print(f"{'':<15}" + "".join(f"{name:>14}" for name in (*SCORES, "average")))
     for column, row in summary.items():
-        print(f"{column:<15}" + "".join(f"{mean:>8.1%} ±{deviation:>4.1%}" for mean, deviation in row.values()))
+        print(f"{column:<15}" + "".join(f"{mean:>8.1%} ±{deviation:>4.1%}" for mean, deviation, _ in row.values()))
 
 
 if __name__ == "__main__":
