@@ -4,6 +4,7 @@
 """
 import argparse
 import json
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from formats.files import write_json
 from train import Settings
 
 PLACES = ("init", "teacher", "corpus", "data")       # a name says enough: where they lay is nobody's business
-SAME_IN_ALL = ("git_commit", "processor", "cores", "torch", "python")
+SAME_IN_ALL = ("processor", "cores", "torch", "python")
 
 
 def settings_of(settings):
@@ -27,7 +28,8 @@ def record(directory):
     directory = Path(directory)
     run, result = (json.loads((directory / name).read_text()) for name in ("run.json", "metrics.json"))
     engine = directory / "infer.json"
-    return {"settings": settings_of(run["settings"]), **{name: run[name] for name in SAME_IN_ALL},
+    return {"settings": settings_of(run["settings"]),
+            **{name: run[name] for name in ("git_commit", *SAME_IN_ALL)},
             **{name: result[name] for name in ("metrics", "sparsity", "training_seconds")},
             "file_bytes": {file.name: file.stat().st_size for file in sorted(directory.glob("*.safetensors"))},
             **({"engine": json.loads(engine.read_text())} if engine.is_file() else {})}
@@ -40,13 +42,15 @@ def collect(root):
 
 
 def common(records):
-    """What all records have in common of commit, machine and versions; SystemExit where they differ, for figures of
-    several commits make no table."""
+    """What all records share of machine and versions, SystemExit where they differ; and their commits, each with how
+    many runs it made, the one that made most first."""
     for name in SAME_IN_ALL:
         values = {entry[name] for entry in records}
         if len(values) > 1:
             raise SystemExit(f"these runs differ in {name}: {', '.join(map(str, sorted(values)))}; give another --out")
-    return {name: records[0][name] for name in SAME_IN_ALL}
+    commits = Counter(entry["git_commit"] for entry in records).most_common()
+    return {"git_commit": commits[0][0], "runs_of_commits": dict(commits),
+            **{name: records[0][name] for name in SAME_IN_ALL}}
 
 
 if __name__ == "__main__":

@@ -51,9 +51,10 @@ RECIPES = {
         "dense": dict(epochs=6, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.1),
         "dense mnli": dict(epochs=8),
         "finetune": dict(epochs=4, max_len=64, lr=8e-4, beta2=0.98, warmup=0.1, dropout=0.05, kd_weight=0.8),
-        "finetune mnli": dict(epochs=8),
+        "finetune mnli": dict(epochs=8, dropout=0.1),
         "finetune squad": dict(epochs=8, lr=1e-3),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "quantize text": dict(epochs=None, steps=100, batch_size=64, max_len=48, kd_weight=0.5),
     },
     "minilm-l6": {
         "pretrain": dict(dropout=0.0, steps=1000, batch_size=32, max_len=128, lr=2e-4),
@@ -123,5 +124,6 @@ RECIPES = {
         "quantize sst2": dict(batch_size=128, lr=1e-4),
         "quantize qqp": dict(batch_size=128, lr=1e-4),
         "quantize squad": dict(epochs=0.5, batch_size=48, max_len=384, lr=1e-4),
+        "quantize text": dict(epochs=None, steps=200, batch_size=32, dropout=0.0, lr=1e-4),
     },
 }
