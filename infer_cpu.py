@@ -2,6 +2,7 @@
 
     python infer_cpu.py MODEL_DIR --text "a warm and funny film"                      label and probability
     python infer_cpu.py MODEL_DIR --text "Who wrote it?" --context "Ada wrote it."    answer and score (SQuAD models)
+    python infer_cpu.py ENCODER_DIR --embed lines.txt --to vectors.npy                a vector for every line
     python infer_cpu.py MODEL_DIR --evaluate --agreement                              the task's metrics, on its dev set
     python infer_cpu.py MODEL_DIR --evaluate --predictions FOLDER                     and files for the official scripts
     python infer_cpu.py MODEL_DIR --benchmark --batch-size 1,16                       every engine side by side
@@ -31,7 +32,8 @@ import torch.nn.functional as F
 
 import quant
 from data import DataError
-from data.encode import answer, as_inputs, check_texts, evaluation_data, match_classes, random_batch, write_predictions
+from data.embed import Embedder, evaluate_retrieval, run_embed
+from data.encode import answer, as_inputs, evaluation_data, match_classes, random_batch, run_text, write_predictions
 from data.flags import parse
 from formats import model_directory
 from formats.command import show_any_letter, to_stderr
@@ -210,6 +212,11 @@ class Engine:
         """
         return answer(self, texts, pairs, contexts, max_len)
 
+    def embed(self, texts, max_len=None):
+        """float32 numpy (texts, hidden): a vector for each str of a list, by an encoder without a head; pooled as its
+        sentence-transformers files say. Raises InputError as `answer` does."""
+        return Embedder(self, max_len)(texts)
+
 
 def load(directory, engine="auto", threads=None, say=print):
     """Open a model directory with an engine of ENGINES or 'auto'; `say` is told what auto chose, and of trouble.
@@ -324,22 +331,6 @@ def products_of_torch(packed, tokens):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def run_text(settings):
-    kind, *_ = kind_of(settings.model)
-    if kind in ("encoder", "pretraining"):
-        raise InputError(f"{settings.model} is a pre-trained model without a task; fine-tune it first: python train.py "
-                         f"--stage finetune --task TASK")
-    check_texts(settings, kind, compression_of(settings.model).get("task"))
-    engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
-    contexts = settings.context * (len(settings.text) if len(settings.context) == 1 else 1)
-    results = engine.answer(settings.text, settings.text_pair, contexts, settings.max_len)
-    for text, (found, value) in zip(settings.text, results):
-        print(f"{found}\t{value:.4f}\t{text}")
-    return {"engine": engine.name, "answers": [{"text": text, "answer": found,
-                                                "score" if kind == "span" else "probability": value}
-                                               for text, (found, value) in zip(settings.text, results)]}
-
-
 def run_evaluate(settings):
     kind, *_ = kind_of(settings.model)
     task, data = evaluation_data(settings.model, kind, settings.task, settings.data, settings.max_len, settings.split)
@@ -364,7 +355,11 @@ def run_evaluate(settings):
 def run(settings):
     """Do what was typed; returns all figures."""
     if settings.text:
-        return run_text(settings)
+        return run_text(settings, load)
+    if settings.embed or settings.task == "retrieval":
+        opened = [load(path, settings.engine, settings.threads, say=to_stderr)
+                  for path in (settings.model, settings.against) if path]
+        return (run_embed if settings.embed else evaluate_retrieval)(settings, *opened)
     if settings.evaluate:
         return run_evaluate(settings)
     from bench import benchmark, size

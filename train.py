@@ -167,18 +167,21 @@ STAGES = {
     "gradual": Stage("finetune", "gradual", "pretrain", "teacher", "task", False, "{task}/gradual-{zeros}"),
     "quantize": Stage("quantize", "locked", "finetune", "teacher", "task", True, "{task}/int8-{zeros}"),
     "quantize dense": Stage("quantize", "dense", "teacher", "teacher", "task", True, "{task}/int8-dense"),
+    "quantize encoder": Stage("quantize", "locked", "prune", "", "text", True, "int8-{zeros}"),
+    "quantize dense encoder": Stage("quantize", "dense", "", "", "text", True, "int8-dense"),
 }
 
 
 def row_of(s):
     """The row of STAGES that these settings run."""
-    return next(row for row in STAGES.values() if (row.stage, row.mask) == (s.stage, s.mask))
+    return next(row for row in STAGES.values() if (row.stage, row.mask) == (s.stage, s.mask)
+                and (s.task or row.data == "text"))
 
 
 def allowed_masks(s):
     """What --mask may be for this stage and sparsity, the default first; [""] where nothing is trained."""
-    masks = [row.mask for row in STAGES.values() if row.stage == s.stage and (row.mask == "dense") == (s.sparsity == 0)]
-    return masks or [""]
+    rows = (row for row in STAGES.values() if row.stage == s.stage and (row.mask == "dense") == (s.sparsity == 0))
+    return [*dict.fromkeys(row.mask for row in rows)] or [""]
 
 
 def directory_of(s, row):
@@ -218,7 +221,7 @@ def parents_of(s):
     if s.teacher == "none" or not (row.teacher or s.teacher):
         return init, None
     # The hidden states to keep are those of the very model that is pruned.
-    given = s.init if row.data == "text" and s.kd_target == "hidden" else ""
+    given = s.init if s.stage == "prune" and s.kd_target == "hidden" else ""
     return init, parent(row.teacher, s.teacher or given, "teacher")
 
 
@@ -354,7 +357,7 @@ def train(s, model, teacher, data, decided, log, out, state):
     with run.interrupts() as interrupted, run.Progress(s.stage, first, s.steps, log, earlier) as progress:
         for step, batches in batches_ahead(data, first, s.steps, s.batch_size, s.micro_batch, s.device):
             if rounded and step == 0:
-                look_at_ranges(s, model, batches)
+                look_at_ranges(s, model, teacher, batches)
             rate = s.lr * prune.learning_rate_factor(step, s.steps, warmup, ramp)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -394,11 +397,11 @@ def train(s, model, teacher, data, decided, log, out, state):
 
 
 @torch.no_grad()
-def look_at_ranges(s, model, batches):
+def look_at_ranges(s, model, teacher, batches):
     """Before the first step, which is rounded too: the activation ranges over its whole batch."""
     for number, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(s, 0, number))
-        model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+        distill.loss(model, teacher, batch, distill.denominators([batch]))
     quant.update_ranges(model)
 
 

@@ -16,7 +16,7 @@ from bench.collect_runs import PLACES, common, record
 from bench.measure_tiny import ROOT, run
 from formats.files import write_json
 
-UPSTREAM = ((0, 1, "bf16"), (0, 2, "fp32"), (1, 1, "fp32"), (1, 2, "bf16"))          # seed, threads, precision
+UPSTREAM = ((0, 1, "bf16"), (0, 2, "fp32"), (1, 2, "bf16"), (1, 1, "fp32"))          # seed, threads, precision
 RUNS = {"dense": "teacher", "sparse": "sparse-unstructured-0.85", "int8": "int8-unstructured-0.85"}
 
 
@@ -57,13 +57,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="mnli")
     parser.add_argument("--seeds", default="0,1,2,3,4,5,6,7")
+    parser.add_argument("--models", type=int, default=len(UPSTREAM), help="how many pre-trained models")
     parser.add_argument("--jobs", type=int, default=1, help="pre-trained models at a time")
     parser.add_argument("--out", type=Path, default=Path("out/spread"))
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "spread.json")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        measured = list(pool.map(lambda one: measure(one, arguments.out, arguments.task, seeds), UPSTREAM))
+        measured = list(pool.map(lambda one: measure(one, arguments.out, arguments.task, seeds),
+                                 UPSTREAM[:arguments.models]))
     rows, records = [row for part, _ in measured for row in part], [pair for _, part in measured
                                                                    for pair in part.items()]
     scores = {kind: {name: [row[kind][name] for row in rows] for name in rows[0][kind]} for kind in RUNS}

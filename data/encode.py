@@ -5,9 +5,11 @@ from data import tiny
 from data.metrics import best_span
 from data.tasks import TASKS, TaskData
 from data.wordpiece import load_tokenizer, vocabulary_rows
+from formats.command import to_stderr
 from formats.config import compression_of, read_config
 from formats.files import write_file
 from formats.heads import class_names, class_order, probabilities
+from formats.model_directory import kind_of
 from model import PRESETS, InputError
 
 
@@ -110,6 +112,23 @@ def answer(engine, texts, pairs, contexts, max_len):
         names = class_names(raw, shares.shape[1])
         results += [(names[int(row.argmax())], float(row.max())) for row in shares]
     return results
+
+
+def run_text(settings, load):
+    """--text: what a model answers, a line each; the same for --json. load: infer_cpu.load."""
+    kind, *_ = kind_of(settings.model)
+    if kind in ("encoder", "pretraining"):
+        raise InputError(f"{settings.model} is a pre-trained model without a task; fine-tune it first: python train.py "
+                         f"--stage finetune --task TASK" + ", or take its vectors: --embed FILE" * (kind == "encoder"))
+    check_texts(settings, kind, compression_of(settings.model).get("task"))
+    engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
+    contexts = settings.context * (len(settings.text) if len(settings.context) == 1 else 1)
+    results = engine.answer(settings.text, settings.text_pair, contexts, settings.max_len)
+    for text, (found, value) in zip(settings.text, results):
+        print(f"{found}\t{value:.4f}\t{text}")
+    value_is = "score" if kind == "span" else "probability"
+    return {"engine": engine.name, "answers": [{"text": text, "answer": found, value_is: value}
+                                               for text, (found, value) in zip(settings.text, results)]}
 
 
 def evaluation_data(directory, kind, task, folder, max_len, split="dev"):

@@ -10,6 +10,7 @@ def parse(arguments, description, engines):
     parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a directory that train.py wrote")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--text", action="append", help="a text to classify, or a question; may be given several times")
+    mode.add_argument("--embed", metavar="FILE", help="a vector for every line of a file, or of - (standard input)")
     mode.add_argument("--evaluate", action="store_true", help="metrics on the task's dev set")
     mode.add_argument("--benchmark", action="store_true", help="time every engine")
     mode.add_argument("--size", action="store_true", help="count the bytes, layer kind by layer kind")
@@ -19,7 +20,10 @@ def parse(arguments, description, engines):
     parser.add_argument("--max-len", type=positive_int, help="tokens per row; default: as trained, or 128")
     parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
     parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
-    parser.add_argument("--task", choices=tuple(TASKS), help="with --evaluate; default: what the model was trained on")
+    parser.add_argument("--to", metavar="FILE", help="with --embed: a .npy, or .jsonl as on standard output by default")
+    parser.add_argument("--task", choices=(*TASKS, "retrieval"), help="with --evaluate; default: what the model was "
+                        "trained on; retrieval is for encoders: SQuAD's paragraphs by its questions")
+    parser.add_argument("--against", metavar="DIR", help="with --task retrieval: another encoder to compare vectors with")
     parser.add_argument("--data", metavar="DIR", help="with --evaluate: the task folders; default: the tiny world")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="with --evaluate; test has no labels")
     parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there, as GLUE's server "
@@ -37,6 +41,10 @@ def parse(arguments, description, engines):
         parser.error("--predictions goes with --evaluate")
     if settings.split == "test" and not settings.predictions:
         parser.error("--split test has no labels, so that there is nothing but predictions; give --predictions FOLDER")
+    if settings.to and not (settings.embed and settings.to.endswith((".npy", ".jsonl"))):
+        parser.error("--to goes with --embed, and names a .npy or .jsonl file")
+    if settings.against and settings.task != "retrieval" or settings.task == "retrieval" and settings.predictions:
+        parser.error("--against goes with --task retrieval, and --predictions with another task")
     if settings.random and not (settings.benchmark or settings.size):
         parser.error("--random has random weights: it goes with --benchmark and --size only")
     return settings

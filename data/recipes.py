@@ -34,6 +34,7 @@ PAPER = {
     "quantize": dict(epochs=3, batch_size=32, max_len=128, lr=1e-5, warmup=0.0, weight_decay=0.0, kd_weight=1.0,
                      temperature=2.0),
     "quantize squad": dict(epochs=2, batch_size=12, max_len=384),
+    "quantize text": dict(epochs=None, steps=1000, dropout=0.0),            # an encoder without a task: ours, not tuned
 }
 DISTILBERT = {
     **PAPER,
@@ -65,6 +66,7 @@ RECIPES = {
         "finetune squad": dict(epochs=1, max_len=384, lr=1.5e-4),
         "quantize": dict(epochs=0.25, max_len=128, lr=1e-5, warmup=0.02, kd_weight=1.0),
         "quantize squad": dict(epochs=0.25, max_len=384),
+        "quantize text": dict(epochs=None, steps=200, dropout=0.0, lr=1e-4),
     },
     "distilbert-base": DISTILBERT, "bert-base": PAPER, "bert-large": PAPER,
 
@@ -124,6 +126,6 @@ RECIPES = {
         "quantize sst2": dict(batch_size=128, lr=1e-4),
         "quantize qqp": dict(batch_size=128, lr=1e-4),
         "quantize squad": dict(epochs=0.5, batch_size=48, max_len=384, lr=1e-4),
-        "quantize text": dict(epochs=None, steps=200, batch_size=32, dropout=0.0, lr=1e-4),
+        "quantize text": dict(epochs=None, kd_target="hidden", steps=200, batch_size=32, dropout=0.0, lr=1e-4),
     },
 }

@@ -45,7 +45,8 @@ def recipe_for(s, typed):
     """{setting: value} of what the recipe says about this stage and task. Typed --steps replace its --epochs."""
     recipe = RECIPES[s.recipe or s.preset]
     kind = "dense" if s.stage == "finetune" and s.sparsity == 0 else s.stage
-    chosen = {**recipe.get("model", {}), **recipe.get(kind, {}), **recipe.get(f"{kind} {s.task}", {})}
+    chosen = {**recipe.get("model", {}), **recipe.get(kind, {}),
+              **recipe.get(f"{kind} {s.task or 'text'}", {})}
     if "steps" in typed or "epochs" in typed:
         chosen = {name: value for name, value in chosen.items() if name not in ("steps", "epochs")}
     return chosen
@@ -150,8 +151,13 @@ def check_stage(s, allowed_masks):
     """InputError for settings that do not go together. allowed_masks: list of what --mask may be here."""
     if s.steps and s.epochs:
         raise InputError("--steps and --epochs were both given; choose one")
-    if s.stage in ("finetune", "quantize") and not s.task:
-        raise InputError(f"--stage {s.stage} needs --task {'|'.join(tasks.TASKS)}")
+    encoder = s.stage == "quantize" and s.kd_target == "hidden" and not s.task
+    if s.stage in ("finetune", "quantize") and not (s.task or encoder):
+        raise InputError(f"--stage {s.stage} needs --task {'|'.join(tasks.TASKS)}"
+                         + ", or for an encoder without a task --kd-target hidden" * (s.stage == "quantize"))
+    if encoder and not s.teacher:
+        raise InputError("--stage quantize --kd-target hidden needs --teacher, the dense encoder whose hidden states "
+                         "are to be kept")
     if s.stage == "pretrain" and s.sparsity:
         raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
                          f"--stage prune")
@@ -162,7 +168,7 @@ def check_stage(s, allowed_masks):
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
     if s.kd_target == "hidden" and (s.stage == "pretrain" or s.teacher == "none"):
-        raise InputError(f"--kd-target hidden distils an encoder in --stage prune from its teacher; leave it out with "
+        raise InputError(f"--kd-target hidden distils an encoder in --stage prune or quantize from its teacher; leave it out with "
                          f"--stage {s.stage}" + " --teacher none" * (s.teacher == "none"))
     if s.mask not in allowed_masks:
         raise InputError(f"--mask {s.mask} does not go with --stage {s.stage} at --sparsity {s.sparsity:g}; it takes "

@@ -19,6 +19,7 @@ from formats.files import names_in_short
 from formats.model_directory import kind_of
 from formats.names import published_name
 from formats.safetensors import read_safetensors, write_safetensors
+from formats.sentence import read_sentence
 from model import InputError, build, linears
 from quant import (MAX_INPUTS, Int8Embedding, PackedLinear, embeddings, pack, pack_bits, quantize_weight, unpack_bits,
                    unpack_mask)
@@ -156,6 +157,10 @@ def read_int8(directory):
     bias = tensors.get("classifier.bias")
     classes = len(bias) if kind == "classification" and bias is not None and bias.dim() == 1 and len(bias) else 2
     model = empty_model(config, kind, classes)
+    if kind == "encoder":
+        model.sentence = read_sentence(directory)
+        if not any("pooler" in name for name in tensors):
+            model.encoder.pooler = None
     layers, packed = dict(linears(model)), {}
     for name, layer in layers.items():
         stem = published_name(config.model_type, name + ".")

@@ -13,6 +13,7 @@ from formats.files import demand_content, names_in_short, read_json, write_json
 from formats.heads import class_order
 from formats.names import ARCHITECTURES, NAMES, TIED_DECODER, is_head, published_name
 from formats.safetensors import read_safetensors, write_safetensors
+from formats.sentence import read_sentence, write_sentence
 from model import InputError, build, linears
 from quant import pack_bits, unpack_bits
 
@@ -43,6 +44,8 @@ def save(model, directory, labels=None, compression=None):
     write_safetensors(directory / "model.safetensors", weights)
     write_safetensors(directory / "compression.safetensors", extra)
     write_json(directory / "config.json", config_json(model.config, model.kind, labels, compression))
+    if model.kind == "encoder" and model.sentence:
+        write_sentence(model.sentence, model.config.hidden_size, directory)
 
 
 def read_tensors(directory):
@@ -208,6 +211,8 @@ def load(directory, kind, num_labels=None, fresh_head=False, say=print, task=Non
     if unexpected:
         say(f"{path}: leaves out {names_in_short(unexpected)}")
     load_compression(model, directory, fresh=missing)
+    if kind == "encoder":
+        model.sentence = read_sentence(directory)
     return model
 
 

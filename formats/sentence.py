@@ -1,0 +1,78 @@
+"""What sentence-transformers writes beside an encoder: how its hidden states become one vector for a text."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats.files import read_json, write_file, write_json
+from model import InputError
+
+POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """How a text's vector is made of its hidden states. The defaults are what sentence-transformers does with an
+    encoder that says nothing."""
+    pooling: str = "mean"               # of POOLINGS, over the real tokens
+    normalize: bool = False             # to length 1
+    max_length: int | None = None       # tokens of a row, [CLS] and [SEP] included; None: as many as the model takes
+
+
+def read_sentence(directory):
+    """The Sentence of a folder that sentence-transformers wrote, None of any other. InputError names what this project
+    does not have: other modules, other poolings, prompts."""
+    directory = Path(directory)
+    path = directory / "modules.json"
+    if not path.is_file():
+        return None
+    try:
+        modules = [(module["type"].rpartition(".")[2], module["path"]) for module in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path} is no list of modules, each with its type and path") from None
+    kinds = [kind for kind, _ in modules]
+    if kinds not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise InputError(f"{path} asks for {', '.join(kinds) or 'nothing'}; this project has a Transformer, a Pooling "
+                         f"and a Normalize, in that order; give another model")
+    if modules[0][1]:
+        raise InputError(f"{path}: its encoder lies in {modules[0][1]}; move what is in there beside {path.name}, and "
+                         f"set its path to \"\"")
+    own, general, tokens = (read_json(directory / name) if (directory / name).is_file() else {} for name in
+                            ("sentence_bert_config.json", "config_sentence_transformers.json",
+                             "tokenizer_config.json"))
+    prompts = general.get("prompts") or {}
+    if not isinstance(prompts, dict) or any(prompts.values()) or own.get("do_lower_case"):
+        raise InputError(f"{directory} puts prompts before texts, or changes their letters: {json.dumps(prompts)}; "
+                         f"this project embeds a text as it is; put them there yourself, and take them out of "
+                         f"config_sentence_transformers.json")
+    length = own.get("max_seq_length", tokens.get("model_max_length"))
+    if length is not None and (type(length) not in (int, float) or length < 3):
+        raise InputError(f"{directory}: max_seq_length is {length!r}; expected a number of tokens")
+    pooling = pooling_of(directory / modules[1][1] / "config.json") if len(modules) > 1 else "mean"
+    return Sentence(pooling, len(modules) == 3, None if length is None else int(min(length, 2 ** 20)))
+
+
+def pooling_of(path):
+    """'mean', 'cls' or 'max', as the configuration of a Pooling has it. InputError for another one."""
+    raw = read_json(path)
+    names = raw.get("pooling_mode")
+    if names is None:
+        kinds = {name: kind for kind, name in POOLINGS.items()}
+        names = [kinds.get(name, name) for name, value in raw.items() if name.startswith("pooling_mode_") and value]
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or len(names) != 1 or names[0] not in list(POOLINGS):
+        raise InputError(f"{path} asks for the pooling {names}; this project has one of {', '.join(POOLINGS)}")
+    return names[0]
+
+
+def write_sentence(sentence, hidden_size, directory):
+    """The same beside an encoder that is written to `directory`, as every version of sentence-transformers reads it."""
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")][:2 + sentence.normalize]
+    for _, path in modules[1:]:
+        (directory / path).mkdir(exist_ok=True)
+    write_file(directory / "modules.json", json.dumps(
+        [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+         for i, (kind, path) in enumerate(modules)], indent=1))
+    write_json(directory / "1_Pooling" / "config.json", {
+        "word_embedding_dimension": hidden_size,
+        **{name: kind == sentence.pooling for kind, name in POOLINGS.items()}})
+    write_json(directory / "sentence_bert_config.json", {"max_seq_length": sentence.max_length, "do_lower_case": False})
