@@ -356,7 +356,7 @@ def run(settings):
     """Do what was typed; returns all figures."""
     if settings.text:
         return run_text(settings, load)
-    if settings.embed or settings.task == "retrieval":
+    if settings.embed or settings.evaluate and settings.task == "retrieval":
         opened = [load(path, settings.engine, settings.threads, say=to_stderr)
                   for path in (settings.model, settings.against) if path]
         return (run_embed if settings.embed else evaluate_retrieval)(settings, *opened)

@@ -10,6 +10,7 @@
     download.py   the published task files and Wikipedia's dump, fetched, verified and unpacked for the readers
     batches.py    a step's rows, shared among processes, made while the step before it computes
     encode.py     what a person types, or a task's files, as batches for the model in a directory
+    embed.py      texts and lines as vectors, by an encoder; retrieval
     recipes.py    hyper-parameters, with the source of each number
     settings.py   what the settings of train.py lead to, and which of them cannot be
     flags.py      the flags of infer_cpu.py

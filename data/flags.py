@@ -43,8 +43,11 @@ def parse(arguments, description, engines):
         parser.error("--split test has no labels, so that there is nothing but predictions; give --predictions FOLDER")
     if settings.to and not (settings.embed and settings.to.endswith((".npy", ".jsonl"))):
         parser.error("--to goes with --embed, and names a .npy or .jsonl file")
-    if settings.against and settings.task != "retrieval" or settings.task == "retrieval" and settings.predictions:
-        parser.error("--against goes with --task retrieval, and --predictions with another task")
+    if settings.task == "retrieval" and (settings.predictions or settings.agreement):
+        parser.error("--predictions and --agreement go with a task that has labels; beside --task retrieval, --against "
+                     "DIR compares")
+    if settings.against and not (settings.evaluate and settings.task == "retrieval"):
+        parser.error("--against goes with --evaluate --task retrieval")
     if settings.random and not (settings.benchmark or settings.size):
         parser.error("--random has random weights: it goes with --benchmark and --size only")
     return settings

@@ -4,6 +4,7 @@
     safetensors.py      the format of that name
     names.py, config.py, model_directory.py, hub.py     a model directory in HuggingFace's layout, read and written
     heads.py            what the outputs of a classifier mean
+    sentence.py         what sentence-transformers puts beside an encoder
     patterns.py         of which pattern the zeros are that a model brings
     int8.py             the packed sparse model, int8.safetensors
     run.py              a training run: its log, its checkpoints, what ends it

@@ -167,6 +167,7 @@ def test_bad_input_leaves_nothing_behind(folder, tmp_path, capsys, monkeypatch, 
             ([folder, "--embed", tmp_path / "bad.txt", "--to", tmp_path / "v.txt"], ".npy or .jsonl"),
             ([folder, "--text", "a", "--to", tmp_path / "v.npy"], "--to goes with --embed"),
             ([folder, "--evaluate", "--against", folder], "--task retrieval"),
+            ([folder, "--evaluate", "--task", "retrieval", "--agreement"], "--against DIR"),
             ([folder, "--text", "a"], "--embed FILE"),
             ([chain / "sst2/teacher", "--embed", tmp_path / "bad.txt"], "has a head for a task"),
             ([folder, "--evaluate", "--task", "retrieval", "--data", tmp_path], "SQuAD")):
