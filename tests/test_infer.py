@@ -219,7 +219,7 @@ def test_engines_agree_with_the_fake_quantized_model_on_the_dev_set(directories,
         engine = infer_cpu.load(directory, engine_name, say=silent)
         metrics, predictions, figures = agreement.compare(data, engine, 200)
         predictions = predictions.popitem()[1]
-        assert data.kind == "span" or min(predictions.count(label) for label in set(predictions)) > 10    # it does vary
+        assert data.kind == "span" or min(predictions.count(label) for label in set(predictions)) >= 5    # it does vary
         assert figures["examples"] >= 200
         assert min(figures["equal_predictions"].values()) >= 0.995
         assert figures["mean_logit_difference"] < 2e-3 * figures["logit_standard_deviation"]

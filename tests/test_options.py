@@ -14,7 +14,7 @@ from data.batches import dropout_seed
 from formats.safetensors import read_safetensors
 
 STEPS = 4
-COMMON = [("--seed", "1"), ("--steps", "5"), ("--batch-size", "4"), ("--max-len", "8"), ("--lr", "0.004"),
+COMMON = [("--seed", "1"), ("--steps", "5"), ("--batch-size", "4"), ("--max-len", "8"), ("--lr", "0.005"),
           ("--beta2", "0.9"), ("--warmup", "0.5"), ("--weight-decay", "0.5"), ("--dropout", "0.3")]
 TAUGHT = [("--temperature", "7"), ("--kd-weight", "0.1"), ("--teacher", "none")]
 OPTIONS = {
