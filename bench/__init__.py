@@ -8,5 +8,6 @@
     step_time.py            where the time of a training step goes
     watch.py                how a run stands, from its log
     measure_*.py            the evidence that README quotes, each with its .json
-    collect_runs.py, draw_curves.py     results of a folder of runs; the curves of one
+    collect_runs.py         results of a folder of runs
+    draw_curves.py, draw_pictures.py    the curves of a run; the pictures of README
 """

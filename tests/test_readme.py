@@ -1,20 +1,24 @@
-"""The README is code too: its commands parse, its files exist, its numbers are the measured ones."""
+"""README and the pages under docs/ are code too: their commands parse, the files they name exist, their numbers are the
+measured ones."""
 import json
 import re
 import shlex
 import statistics
 from pathlib import Path
+from xml.etree import ElementTree
 
 import infer_cpu
 import train
+from bench import draw_pictures
 
 ROOT = Path(train.__file__).resolve().parent
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+FRONT, README = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 
 
 def command_lines():
-    """Every line of the README's code blocks that runs one of our programs."""
-    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", README, re.M | re.S)
+    """Every line of the code blocks that runs one of our programs."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
     return [part.strip() for line in text.splitlines() for part in line.split("#")[0].split("&&")
             if part.strip().startswith("python ")]
@@ -37,8 +41,9 @@ def test_commands_parse():
 
 
 def test_named_files_exist():
-    for name in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / name).exists(), name
+    for path, page in PAGES.items():
+        for name in re.findall(r"\]\(([^)#:]+)\)", page):
+            assert (path.parent / name).exists(), (path, name)
     for name in re.findall(r"`([a-z_]+\.(?:py|txt|json))`", README):
         assert list(ROOT.glob(name)) + list(ROOT.glob(f"*/{name}")) or name in {
             "config.json", "run.json", "metrics.json", "table.txt"}, name
@@ -47,12 +52,31 @@ def test_named_files_exist():
 def test_tiny_numbers_are_the_measured_ones():
     """Each row of the tiny world's table against bench/tiny.json, to the printed digit."""
     summary = json.loads((ROOT / "bench" / "tiny.json").read_text())["mean_deviation_worst"]
-    rows = dict(re.findall(r"^\| <!-- (\w+) -->[^|]*\|(.*)\|$", README, re.M))
+    rows = dict(re.findall(r"^\| <!-- (\w+) -->[^|]*\|(.*)\|$", PAGES[ROOT / "docs" / "tiny_world.md"], re.M))
     assert set(rows) == set(summary) - {"int8_fake"}
     for column, cells in rows.items():
         printed = [cell.strip() for cell in cells.split("|")]
         measured = [f"{100 * mean:.1f} ({100 * worst:.1f})" for mean, _, worst in summary[column].values()]
         assert printed == measured, column
+
+
+def test_the_first_table_is_seed_0():
+    seed = json.loads((ROOT / "bench" / "tiny.json").read_text())["seeds"]["0"]
+    rows = dict(re.findall(r"^\| <!-- seed (\w+) -->[^|]*\| (.*) \|$", FRONT, re.M))
+    assert rows == {column: " | ".join(f"{100 * seed[column][task]:.1f}" for task in
+                                       ("sst2", "mnli", "qqp", "qnli", "squad")) for column in rows} and len(rows) == 3
+
+
+def test_the_front_page_is_short_and_every_page_is_linked():
+    assert len(FRONT.splitlines()) < 200
+    for path in PAGES:
+        assert path.name == "README.md" or f"docs/{path.name})" in FRONT, path
+
+
+def test_pictures_are_drawn_from_what_is_committed():
+    for name, draw in draw_pictures.PICTURES.items():
+        assert (ROOT / "docs" / name).read_text() == draw()
+        ElementTree.fromstring(draw())
 
 
 def test_the_spread_is_the_measured_one():

@@ -1,0 +1,95 @@
+"""The pictures of README, as SVG for light and dark pages, from what is committed.
+
+    python -m bench.draw_pictures          writes docs/method.svg and, from bench/speed.json, docs/speed.svg
+"""
+import json
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+ROOT = Path(__file__).resolve().parent.parent
+STYLE = """<style>
+text { fill: #1f2328; font: 13px sans-serif } .small { font-size: 11px; fill: #59636e } .bold { font-weight: bold }
+.box { fill: #f6f8fa; stroke: #59636e } .once { fill: #ddf4ff; stroke: #0969da } .line { stroke: #59636e; fill: none }
+.teach { stroke: #8250df; fill: none; stroke-dasharray: 4 3 } .purple { fill: #8250df; font-size: 11px }
+.ours { fill: #0969da } .others { fill: #afb8c1 }
+@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .small { fill: #9198a1 }
+.box { fill: #161b22; stroke: #9198a1 } .once { fill: #0c2d6b; stroke: #58a6ff } .line { stroke: #9198a1 }
+.teach { stroke: #bc8cff } .purple { fill: #bc8cff } .ours { fill: #58a6ff } .others { fill: #484f58 } }
+</style>"""
+ARROW = ('<defs><marker id="end" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+         '<path d="M0 0L8 4L0 8z" fill="#808890"/></marker></defs>')
+BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_WIDTH = 176, 62, 20, 250, 380           # pixels
+
+# The stages: place (x, y), what it is called, what it does, what it writes below out/PRESET/.
+BOXES = {
+    "pretrain": (20, 30, "dense teacher", "--stage pretrain", "pretrain/"),
+    "prune": (20, 160, "sparse, 85 % zeros", "--stage prune", "prune-…/"),
+    "teacher": (276, 30, "dense task teacher", "finetune --sparsity 0", "TASK/teacher/"),
+    "finetune": (276, 160, "sparse, for a task", "--stage finetune", "TASK/sparse-…/"),
+    "quantize": (532, 160, "sparse INT8", "--stage quantize", "TASK/int8-…/"),
+}
+ARROWS = (("pretrain", "prune"), ("pretrain", "teacher"), ("prune", "finetune"), ("finetune", "quantize"))
+LESSONS = (("pretrain", "prune", 34), ("teacher", "finetune", 0), ("teacher", "quantize", 0))      # x beside the arrow
+
+
+def svg(width, height, parts):
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">', STYLE,
+                      ARROW, *parts, "</svg>", ""])
+
+
+def text(x, y, words, kind="", anchor="start"):
+    return f'<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def arrow(begin, end, kind, shift=0):
+    """From the box `begin` to the box `end`: sideways where they stand in one row, else downwards."""
+    (x, y, *_), (to_x, to_y, *_) = BOXES[begin], BOXES[end]
+    if y == to_y:
+        path = f"M{x + BOX_WIDTH} {y + BOX_HEIGHT / 2}H{to_x}"
+    elif x == to_x:
+        path = f"M{x + BOX_WIDTH / 2 + shift} {y + BOX_HEIGHT}V{to_y}"
+    else:
+        path = f"M{x + BOX_WIDTH} {y + BOX_HEIGHT / 2}H{to_x + BOX_WIDTH / 2}V{to_y}"
+    return f'<path d="{path}" class="{kind}" marker-end="url(#end)"/>'
+
+
+def draw_method():
+    """The stages as boxes with their files, arrows for weights, dashed ones for what is distilled."""
+    parts = [text(20, 18, "once, on raw text", "bold"), text(276, 18, "for every task", "bold")]
+    for name, (x, y, title, stage, folder) in BOXES.items():
+        kind = "once" if x < 200 else "box"
+        parts += [f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6" class="{kind}"/>',
+                  text(x + 10, y + 20, title, "bold"), text(x + 10, y + 37, stage, "small"),
+                  text(x + 10, y + 53, folder, "small")]
+    parts += [arrow(begin, end, "line") for begin, end in ARROWS]
+    parts += [arrow(begin, end, "teach", shift) for begin, end, shift in LESSONS]
+    parts += [text(149, 130, "distils", "purple"), text(370, 130, "distils", "purple"),
+              text(626, 130, "distils", "purple"), text(100, 130, "copy", "small", "end"),
+              text(204, 184, "zeros stay", "small"), text(470, 184, "8 bits", "small"),
+              text(204, 54, "fine-tune", "small"), text(708, 245, "infer_cpu.py runs it on a CPU", "small", "end")]
+    return svg(720, 265, parts)
+
+
+def draw_speed():
+    """Milliseconds of all contenders as bars, a panel per batch size, the slowest of each filling its width."""
+    parts, top = [], 30
+    for row in json.loads((ROOT / "bench" / "speed.json").read_text())["base"]["rows"]:
+        parts.append(text(10, top - 12, f"BERT-Base, 128 tokens, batch {row['batch']}, 2 threads: milliseconds", "bold"))
+        for name, value in sorted(row["ms"].items(), key=lambda pair: pair[1]):
+            width = max(1.0, BAR_WIDTH * value / max(row["ms"].values()))
+            kind = "ours" if name.startswith("native") else "others"
+            parts += [text(BAR_LEFT - 8, top + 14, name, "small", "end"),
+                      f'<rect x="{BAR_LEFT}" y="{top + 3}" width="{width:.1f}" height="{BAR_HEIGHT - 6}" class="{kind}"/>',
+                      text(BAR_LEFT + width + 6, top + 14, f"{value:,.0f}", "small")]
+            top += BAR_HEIGHT
+        top += 40
+    return svg(720, top - 30, parts)
+
+
+PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed}
+
+
+if __name__ == "__main__":
+    for file, draw in PICTURES.items():
+        (ROOT / "docs" / file).write_text(draw())
+        print(f"wrote docs/{file}")
