@@ -357,8 +357,8 @@ def run(settings):
     if settings.text:
         return run_text(settings, load)
     if settings.embed or settings.evaluate and settings.task == "retrieval":
-        opened = [load(path, settings.engine, settings.threads, say=to_stderr)
-                  for path in (settings.model, settings.against) if path]
+        opened = [load(path, engine, settings.threads, say=to_stderr) for path, engine in
+                  ((settings.model, settings.engine), (settings.against, "auto")) if path]
         return (run_embed if settings.embed else evaluate_retrieval)(settings, *opened)
     if settings.evaluate:
         return run_evaluate(settings)

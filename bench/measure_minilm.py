@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.collect_runs import record
 from data.tasks import TASKS
 from formats.files import write_json
 
@@ -112,13 +113,9 @@ def collect(jobs):
     """{name: what is known of a finished run}."""
     found = {}
     for job in (job for job in jobs if (job.directory / "metrics.json").is_file()):
-        made, result = (json.loads((job.directory / name).read_text()) for name in ("run.json", "metrics.json"))
         engines = {engine: json.loads((job.directory / f"infer-{engine}.json").read_text()) for engine in job.engines
                    if (job.directory / f"infer-{engine}.json").is_file()}
-        found[job.name] = {
-            **{name: made[name] for name in ("settings", "git_commit", "processor", "torch", "processes")},
-            **{name: result[name] for name in ("metrics", "sparsity", "file_bytes", "training_seconds")},
-            "tokens": tokens_of(job.directory), "engines": engines}
+        found[job.name] = {**record(job.directory), "tokens": tokens_of(job.directory), "engines": engines}
     return found
 
 

@@ -26,14 +26,15 @@ def read_sentence(directory):
     if not path.is_file():
         return None
     try:
-        modules = [(module["type"].rpartition(".")[2], module["path"]) for module in json.loads(path.read_bytes())]
+        modules = [(module["type"].rpartition(".")[2], Path(module["path"]))
+                   for module in json.loads(path.read_bytes())]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path} is no list of modules, each with its type and path") from None
     kinds = [kind for kind, _ in modules]
     if kinds not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(f"{path} asks for {', '.join(kinds) or 'nothing'}; this project has a Transformer, a Pooling "
                          f"and a Normalize, in that order; give another model")
-    if modules[0][1]:
+    if modules[0][1] != Path():
         raise InputError(f"{path}: its encoder lies in {modules[0][1]}; move what is in there beside {path.name}, and "
                          f"set its path to \"\"")
     own, general, tokens = (read_json(directory / name) if (directory / name).is_file() else {} for name in

@@ -95,6 +95,7 @@ def test_what_is_written_is_read_again(tmp_path):
     ("modules.json", None, "no list of modules"),
     ("modules.json", [["Transformer", ""], ["Dense", "2_Dense"]], "Transformer, Dense"),
     ("modules.json", [["Transformer", "0_Transformer"]], "0_Transformer"),
+    ("modules.json", [["Transformer", ""], ["Pooling", 1]], "no list of modules"),
     ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "lasttoken"),
     ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling"),
     ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "pooling"),
@@ -238,7 +239,6 @@ def test_pruned_and_rounded_without_a_task(rounded):
         for engine in ("int8", "native", *(("sparse",) if name != "int8-dense" else ())):
             found = infer_cpu.load(directory, engine, say=lambda line: None).embed(TEXTS)
             assert (found * expected).sum(1).min() > 0.9999, engine
-    assert (infer_cpu.load(rounded / "int8-1x4-0.85", "fp32").embed(TEXTS) * expected).sum(1).max() < 0.99999
 
 
 def test_quantize_without_a_task_says_what_it_needs(encoder, tmp_path, world, capsys):
