@@ -90,4 +90,4 @@ def test_the_spread_of_the_tiny_world():
     assert worst == pytest.approx(content["summary"]["int8"]["accuracy"]["most below its dense model"], abs=1e-9)
     for seed in read("tiny.json")["seeds"].values():
         for task in set(measure_tiny.TASKS) - {"mnli"}:
-            assert min(seed[kind][task] for kind in ("dense", "sparse", "int8")) > 0.95
+            assert min(seed[kind][task] for kind in ("dense", "sparse", "int8")) > 0.90
