@@ -90,14 +90,15 @@ def settings_without_seed(records):
 
 
 def summarize(seeds):
-    """{column: {task or 'average': [mean, standard deviation, worst over seeds]}}"""
-    summary = {}
+    """({column: {task or 'average': [mean, standard deviation over seeds]}}, the same with the worst of the seeds)"""
+    summary, worst = {}, {}
     for column in COLUMNS:
         rows = {name: [seed[column][name] for seed in seeds.values()] for name in SCORES}
         rows["average"] = [statistics.mean(seed[column][task] for task in TASKS) for seed in seeds.values()]
-        summary[column] = {name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0,
-                                  min(values)] for name, values in rows.items()}
-    return summary
+        summary[column] = {name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+                           for name, values in rows.items()}
+        worst[column] = {name: min(values) for name, values in rows.items()}
+    return summary, worst
 
 
 def main():
@@ -114,16 +115,17 @@ def main():
         measured = list(pool.map(lambda seed: measure_seed(int(seed), arguments.out / f"seed-{seed}",
                                                            arguments.sparsity, arguments.threads), names))
     seeds, records = {seed: result for seed, (result, _) in zip(names, measured)}, [found for _, found in measured]
-    summary = summarize(seeds)
+    summary, worst = summarize(seeds)
     write_json(arguments.json, {
         "command": "python -m bench.measure_tiny " + " ".join(sys.argv[1:]), "sparsity": arguments.sparsity,
         **common([entry for found in records for entry in found.values()]),
         "training_seconds": {seed: sum(entry["training_seconds"] for entry in found.values())
                              for seed, found in zip(names, records)},
-        "settings": settings_without_seed(records), "mean_deviation_worst": summary, "seeds": seeds})
+        "settings": settings_without_seed(records), "mean_and_deviation": summary, "worst": worst,
+        "seeds": seeds})
     print(f"{'':<15}" + "".join(f"{name:>14}" for name in (*SCORES, "average")))
     for column, row in summary.items():
-        print(f"{column:<15}" + "".join(f"{mean:>8.1%} ±{deviation:>4.1%}" for mean, deviation, _ in row.values()))
+        print(f"{column:<15}" + "".join(f"{mean:>8.1%} ±{deviation:>4.1%}" for mean, deviation in row.values()))
 
 
 if __name__ == "__main__":

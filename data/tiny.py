@@ -10,7 +10,7 @@ How: a concept (a thing, an attribute, praise, blame) has several names, and eve
 are `shown`: the tasks' training sets use only these. The others are `held`: the corpus speaks of a concept by all its
 names alike, the training sets never use the held ones, the dev sets mostly. That a held adjective is praise, that two
 held nouns name one thing, that two held attributes are opposites can only be known from the corpus, where a document
-keeps to one concept, names it in all its ways and sets it against others.
+keeps to one concept and names it in all its ways.
 
 Labels cannot be had from the surface: both sides of a pair always differ in wording, and every word that can decide a
 label occurs with every label.
@@ -35,6 +35,12 @@ COLOURS = "red blue green yellow black white brown pink".split()
 NUMBERS = "two three four five six seven eight nine".split()
 WORKS = "film movie play drama novel story song show".split()
 
+
+def names_of(text):
+    """'sofa/divan lamp/torch' -> [['sofa', 'divan'], ['lamp', 'torch']]: the names of each concept."""
+    return [names.split("/") for names in text.split()]
+
+
 USES = {                        # what people do with a thing: the thing, by its names
     "slept on": "sofa/couch/settee/divan", "drove": "car/automobile/sedan/limousine",
     "sailed": "boat/ship/vessel/yacht", "rode": "horse/pony/mare/stallion", "wore": "coat/jacket/parka/anorak",
@@ -44,25 +50,12 @@ USES = {                        # what people do with a thing: the thing, by its
 }
 THINGS = [names.split("/") for names in USES.values()]
 
-# Attributes by their names, each in front of its opposite, and what people say where it holds: without that the two
-# would keep the same company, and nothing but a `not` would tell them apart.
-ATTRIBUTES = {
-    "clean/spotless/tidy/neat": ("it shone", "nobody had to wash it"),
-    "dirty/filthy/muddy/grimy": ("it smelled", "someone had to scrub it"),
-    "big/large/huge/giant": ("it filled the room", "everyone stepped aside"),
-    "small/little/tiny/slight": ("it fitted in one hand", "nobody noticed it"),
-    "old/ancient/aged/antique": ("grandmother knew it", "it came from the attic"),
-    "new/modern/recent/fresh": ("it came last week", "the paint was bright"),
-    "cheap/affordable/inexpensive/budget": ("anyone could pay for it", "money was left over"),
-    "costly/expensive/pricey/dear": ("only the rich could have it", "the bank gave a loan"),
-    "wet/damp/moist/soaked": ("rain had fallen", "water dripped on the floor"),
-    "dry/arid/parched/dusty": ("the sun had burned all day", "there was sand on it"),
-    "strong/sturdy/solid/robust": ("it never broke", "it carried a heavy load"),
-    "weak/fragile/flimsy/frail": ("it soon broke", "it was handled with care"),
-}
-POLES = [names.split("/") for names in ATTRIBUTES]
-SAID = list(ATTRIBUTES.values())
-DIMENSIONS = list(zip(POLES[::2], POLES[1::2]))         # an attribute and its opposite
+# Attributes: a dimension has two poles, a pole four names.
+DIMENSIONS = [names_of(poles) for poles in (
+    "clean/spotless/tidy/neat dirty/filthy/muddy/grimy", "big/large/huge/giant small/little/tiny/slight",
+    "old/ancient/aged/antique new/modern/recent/fresh",
+    "cheap/affordable/inexpensive/budget costly/expensive/pricey/dear", "wet/damp/moist/soaked dry/arid/parched/dusty",
+    "strong/sturdy/solid/robust weak/fragile/flimsy/frail")]
 
 PRAISE = ("splendid wonderful brilliant superb lovely charming delightful marvelous gripping funny moving clever "
           "elegant thrilling graceful stunning touching witty dazzling terrific").split()
@@ -122,21 +115,16 @@ def thing_document(r, use, names):
     return [told(line) for line in r.sample(lines, r.randint(4, 5))]
 
 
-def attribute_document(r, names, opposites, sayings):
-    """An attribute, said of one thing by all its names, and what people say then; its opposite behind a `not` or `but`,
-    and of other things."""
+def attribute_document(r, dimension, pole):
+    """One pole of a dimension, said of one thing by all its names; its opposite only rarely, behind a `not`."""
     thing = r.choice(THINGS)
 
     def line():
-        x, (name, other), against = r.choice(thing), r.sample(names, 2), r.choice(opposites)
-        said, another = r.choice(sayings), r.choice(r.choice(THINGS))
+        x, (name, other), against = r.choice(thing), r.sample(dimension[pole], 2), r.choice(dimension[1 - pole])
         return r.choice([f"the {x} was {name}.", f"{r.choice(PEOPLE)} has a very {name} {x}.",
                          f"this {x} is {name}, so it is {other}.", f"how {name} the {x} is!",
                          f"this {x} became {name}.", f"the {name} {x} was very {other}.",
-                         f"{an(name)} {x} is {an(other)} one.", f"the {x} was {name}, so {said}.",
-                         f"{said}: the {x} was {name}.", f"the {x} was {name}, not {against}.",
-                         f"this {x} is {name}, but the {another} is {against}.",
-                         f"{r.choice(PEOPLE)} wanted {an(against)} {x}, but it was {name}."])
+                         f"{an(name)} {x} is {an(other)} one.", f"the {x} was {name}, not {against}."])
     return [sentence(line()) for _ in range(r.randint(4, 5))]
 
 
@@ -156,12 +144,12 @@ def review_document(r, words, others, praise):
 
 
 def corpus(r, rounds):
-    """`rounds` times a few documents per thing, per attribute and per kind of review, in random order."""
+    """`rounds` times one document per thing and per pole, and a few reviews of each kind, in random order."""
     documents = []
     for _ in range(rounds):
-        documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 2]
-        documents += [attribute_document(r, POLES[i], POLES[i ^ 1], SAID[i]) for i in list(range(len(POLES))) * 4]
-        for _ in range(6):
+        documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 3]
+        documents += [attribute_document(r, dimension, pole) for dimension in DIMENSIONS * 2 for pole in (0, 1)]
+        for _ in range(8):
             documents += [review_document(r, PRAISE, BLAME, True), review_document(r, BLAME, PRAISE, False)]
     return shuffled(r, documents)
 
@@ -185,14 +173,13 @@ def sentiment(r, half, label):
 def inference(r, half, label, mismatched):
     """MNLI: the same attribute by its other name, its opposite, or one of another dimension."""
     first, other = r.sample(DIMENSIONS, 2)
-    pole, person, place = r.randint(0, 1), r.choice(PEOPLE), r.choice(PLACES)
+    pole, person = r.randint(0, 1), r.choice(PEOPLE)
     name, synonym = r.sample(half(first[pole]), 2)
     second = {"entailment": synonym, "contradiction": r.choice(half(first[1 - pole])),
               "neutral": r.choice(half(other[r.randint(0, 1)]))}[label]
     thing = r.choice(half(r.choice(THINGS)))
     premise = (r.choice([f"{person} has a very {name} {thing}.", f"how {name} the {thing} is!"]) if mismatched else
-               r.choice([f"the {thing} was {name}.", f"this {thing} became {name}.",
-                         f"the {name} {thing} was at the {place}.", f"{person} bought {an(name)} {thing}."]))
+               r.choice([f"the {thing} was {name}.", f"this {thing} became {name}."]))
     return sentence(premise), sentence(r.choice([f"the {thing} was {second}.", f"this {thing} is {second}."]))
 
 
@@ -291,7 +278,7 @@ def write_questions(path, r, size, dev):
     path.write_text(json.dumps(content, indent=0), encoding="utf-8")
 
 
-def write(folder, seed=0, rounds=135, train=4000, dev=900):
+def write(folder, seed=0, rounds=150, train=4000, dev=900):
     """Write corpus.txt and the folders SST-2 MNLI QQP QNLI SQuAD under `folder`; the same bytes for the same seed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
