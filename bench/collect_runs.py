@@ -53,6 +53,17 @@ def common(records):
             **{name: records[0][name] for name in SAME_IN_ALL}}
 
 
+def shared_settings(named, apart_from):
+    """{kind of run: its settings but for those in `apart_from`}. named: [(kind, record)]; SystemExit where two runs of
+    one kind differ."""
+    shared = {}
+    for kind, entry in named:
+        settings = {name: value for name, value in entry["settings"].items() if name not in apart_from}
+        if shared.setdefault(kind, settings) != settings:
+            raise SystemExit(f"the runs '{kind}' have other settings than each other; give another --out")
+    return shared
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", help="the folder that --out named")

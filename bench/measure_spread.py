@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.collect_runs import PLACES, common, record
+from bench.collect_runs import PLACES, common, record, shared_settings
 from bench.measure_tiny import ROOT, run
 from formats.files import write_json
 
@@ -43,17 +43,6 @@ def measure(upstream, out, task, seeds):
     return rows, records
 
 
-def settings_by_kind(records):
-    """{kind of run: its settings}, which all runs of that kind must share but for seed, threads and precision."""
-    shared = {}
-    for name, entry in records:
-        settings = {key: value for key, value in entry["settings"].items()
-                    if key not in ("seed", "threads", "precision", *PLACES)}
-        if shared.setdefault(name.split()[0], settings) != settings:
-            raise SystemExit(f"the {name.split()[0]} runs have other settings than each other; give another --out")
-    return shared
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="mnli")
@@ -75,9 +64,11 @@ def main():
     for name, dense in scores["dense"].items():
         below = [before - after for before, after in zip(dense, scores["int8"][name])]
         summary["int8"][name]["most below its dense model"] = max(below)
+    settings = shared_settings([(name.split()[0], entry) for name, entry in records],
+                               ("seed", "threads", "precision", *PLACES))
     write_json(arguments.json, {"command": "python -m bench.measure_spread " + " ".join(sys.argv[1:]),
                                 "task": arguments.task, **common([entry for _, entry in records]),
-                                "settings": settings_by_kind(records), "summary": summary, "runs": rows})
+                                "settings": settings, "summary": summary, "runs": rows})
     for row in rows:
         print(row["upstream"], row["seed"], *(f"{kind} " + " ".join(f"{value:.1%}" for value in row[kind].values())
                                               for kind in RUNS), sep="  ")

@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.collect_runs import common, record
+from bench.collect_runs import common, record, shared_settings
 from formats.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,15 +80,6 @@ def measure_seed(seed, out, sparsity, threads):
     return results, {str(path.parent.relative_to(out)): record(path.parent) for path in out.rglob("metrics.json")}
 
 
-def settings_without_seed(records):
-    """{run: its settings}, which every seed must share. records: [{run: record} of each seed]"""
-    shared = [{name: {key: value for key, value in entry["settings"].items() if key != "seed"}
-               for name, entry in sorted(seed.items())} for seed in records]
-    if any(other != shared[0] for other in shared):
-        raise SystemExit("the runs of these seeds have other settings than each other; give another --out")
-    return shared[0]
-
-
 def summarize(seeds):
     """({column: {task or 'average': [mean, standard deviation over seeds]}}, the same with the worst of the seeds)"""
     summary, worst = {}, {}
@@ -121,7 +112,7 @@ def main():
         **common([entry for found in records for entry in found.values()]),
         "training_seconds": {seed: sum(entry["training_seconds"] for entry in found.values())
                              for seed, found in zip(names, records)},
-        "settings": settings_without_seed(records), "mean_and_deviation": summary, "worst": worst,
+        "settings": shared_settings([pair for found in records for pair in sorted(found.items())], ("seed",)), "mean_and_deviation": summary, "worst": worst,
         "seeds": seeds})
     print(f"{'':<15}" + "".join(f"{name:>14}" for name in (*SCORES, "average")))
     for column, row in summary.items():

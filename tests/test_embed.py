@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import infer_cpu
 import train
-from data import embed, tiny
+from data import embed
 from formats import model_directory, sentence
 from formats.safetensors import read_safetensors
 
@@ -205,6 +205,16 @@ def test_retrieval_by_brute_force(folder, world, tmp_path, capsys):
     assert metrics["cosine_worst_percentile"] == pytest.approx(np.quantile(cosines, 0.01), abs=1e-5)
 
 
+class FakeQuant:
+    """An engine that rounds as training does."""
+
+    def __init__(self, directory, model):
+        self.directory, self.model = directory, model
+
+    def __call__(self, batch):
+        return self.model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+
+
 @pytest.fixture(scope="module")
 def rounded(encoder, world, tmp_path_factory):
     """Pruned and rounded from raw text, by the commands that README has."""
@@ -231,11 +241,8 @@ def test_pruned_and_rounded_without_a_task(rounded):
         sparsity = json.loads((directory / "metrics.json").read_text())["sparsity"]
         assert sparsity == pytest.approx(0.0 if name == "int8-dense" else 0.85, abs=0.01)
         train.quant.prepare(model.eval(), int(metadata["activation_bits"]), "row")
-        fake = embed.Embedder(SimpleNamespace(directory=directory, model=model, __call__=None), None)
-        fake.engine = lambda batch: model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-        fake.engine.model, fake.engine.directory = model, directory
         with torch.no_grad():
-            expected = fake(TEXTS)
+            expected = embed.Embedder(FakeQuant(directory, model))(TEXTS)
         for engine in ("int8", "native", *(("sparse",) if name != "int8-dense" else ())):
             found = infer_cpu.load(directory, engine, say=lambda line: None).embed(TEXTS)
             assert (found * expected).sum(1).min() > 0.9999, engine
@@ -248,7 +255,3 @@ def test_quantize_without_a_task_says_what_it_needs(encoder, tmp_path, world, ca
     assert "prune-unstructured-0.85 has no finished run" in fails(
         capsys, *common, "--kd-target", "hidden", "--teacher", encoder)
     assert "--init" in fails(capsys, *common, "--kd-target", "hidden", "--teacher", encoder, "--sparsity", "0")
-
-
-def test_the_tiny_world_has_the_file_that_retrieval_reads():
-    assert (tiny.ensure() / "SQuAD" / "dev-v1.1.json").is_file()

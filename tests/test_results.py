@@ -4,7 +4,7 @@ import json
 import pytest
 
 import train
-from bench import collect_runs, measure_spread, measure_tiny
+from bench import collect_runs, measure_tiny
 
 def test_figures_of_two_machines_or_settings_make_no_table():
     entry = dict.fromkeys((*collect_runs.SAME_IN_ALL, "git_commit"), "a")
@@ -13,12 +13,12 @@ def test_figures_of_two_machines_or_settings_make_no_table():
     assert found["git_commit"] == "b" and found["runs_of_commits"] == {"b": 2, "a": 1}
     with pytest.raises(SystemExit, match="differ in torch: a, b"):
         collect_runs.common([entry, {**entry, "torch": "b"}])
-    one, other = ({"x": {"settings": {"lr": rate, "seed": seed}}} for rate, seed in ((0.1, 0), (0.2, 1)))
-    assert measure_tiny.settings_without_seed([one, one]) == {"x": {"lr": 0.1}}
-    with pytest.raises(SystemExit, match="other settings"):
-        measure_tiny.settings_without_seed([one, other])
-    with pytest.raises(SystemExit, match="other settings"):
-        measure_spread.settings_by_kind([("dense 0", one["x"]), ("dense 1", other["x"])])
+    one, other = ({"settings": {"lr": rate, "seed": seed}} for rate, seed in ((0.1, 0), (0.2, 1)))
+    same = {"settings": {"lr": 0.1, "seed": 7}}
+    assert collect_runs.shared_settings([("x", one), ("y", other), ("x", same)], ("seed",)) == {
+        "x": {"lr": 0.1}, "y": {"lr": 0.2}}
+    with pytest.raises(SystemExit, match="the runs 'x' have other settings"):
+        collect_runs.shared_settings([("x", one), ("x", other)], ("seed",))
 
 
 def test_summary_of_seeds():
