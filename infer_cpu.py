@@ -194,6 +194,7 @@ class Engine:
     layout: str                 # how it holds and multiplies its weights
     memory_bytes: int           # all weights as it holds them
     disk_bytes: int             # the file they came from
+    tokenizer: object = None    # read when the first text comes
 
     def __call__(self, batch):
         """(B, T) input_ids, attention_mask and token_type_ids -> float32 logits (B, C), or the pair of start and end

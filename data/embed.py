@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.encode import encoder_for, tiny_world
+from data.encode import encoder_of, tiny_world
 from data.tasks import read_questions
 from formats.files import check_place, whole_file
 from formats.sentence import Sentence
@@ -43,7 +43,7 @@ class Embedder:
         config = engine.model.config
         length = max_len or min(self.sentence.max_length or config.max_position_embeddings,
                                 config.max_position_embeddings)
-        self.encoder = encoder_for(engine.directory, "encoder", length)
+        self.encoder = encoder_of(engine, length)
 
     def __call__(self, texts):
         vectors = np.zeros((len(texts), self.engine.model.config.hidden_size), np.float32)

@@ -22,7 +22,7 @@ def tokenizer_of(directory):
     return tokenizer
 
 
-def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev"):
+def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev", tokenizer=None):
     """A TaskData of the model's tokenizer and row length: with `folder` it has the split, without it only encodes."""
     config = read_config(directory)[0]
     name = task or ("squad" if kind == "span" else "sst2")
@@ -31,7 +31,14 @@ def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev"):
     if not isinstance(length, int) or not 8 <= length <= config.max_position_embeddings:
         raise InputError(f"rows of {length} tokens do not fit {directory}, which takes 8 to "
                          f"{config.max_position_embeddings}; give another --max-len")
-    return TaskData(name, folder or ".", tokenizer_of(directory), length, splits=(split,) if folder else ())
+    tokenizer = tokenizer or tokenizer_of(directory)
+    return TaskData(name, folder or ".", tokenizer, length, splits=(split,) if folder else ())
+
+
+def encoder_of(engine, max_len):
+    """encoder_for the model of an infer_cpu.Engine, which keeps the tokenizer: to read it takes longer than to answer."""
+    engine.tokenizer = engine.tokenizer or tokenizer_of(engine.directory)
+    return encoder_for(engine.directory, engine.model.kind, max_len, tokenizer=engine.tokenizer)
 
 
 def check_texts(settings, kind, task):
@@ -91,7 +98,7 @@ def as_inputs(batch, model):
 
 def answer(engine, texts, pairs, contexts, max_len):
     """What infer_cpu.Engine.answer returns, of an infer_cpu.Engine and the arguments that are described there."""
-    encoder, results = encoder_for(engine.directory, engine.model.kind, max_len), []
+    encoder, results = encoder_of(engine, max_len), []
     if engine.model.kind == "span":
         for question, context in zip(texts, contexts, strict=True):
             rows = encoder.encode_question(question, context)

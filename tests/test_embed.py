@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import infer_cpu
 import train
-from data import embed
+from data import embed, encode
 from formats import model_directory, sentence
 from formats.safetensors import read_safetensors
 
@@ -209,7 +209,7 @@ class FakeQuant:
     """An engine that rounds as training does."""
 
     def __init__(self, directory, model):
-        self.directory, self.model = directory, model
+        self.directory, self.model, self.tokenizer = directory, model, None
 
     def __call__(self, batch):
         return self.model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
@@ -255,3 +255,13 @@ def test_quantize_without_a_task_says_what_it_needs(encoder, tmp_path, world, ca
     assert "prune-unstructured-0.85 has no finished run" in fails(
         capsys, *common, "--kd-target", "hidden", "--teacher", encoder)
     assert "--init" in fails(capsys, *common, "--kd-target", "hidden", "--teacher", encoder, "--sparsity", "0")
+
+
+def test_the_tokenizer_is_read_once(folder, chain, monkeypatch):
+    """Also where texts come one by one."""
+    read = []
+    monkeypatch.setattr(encode, "tokenizer_of", lambda path, real=encode.tokenizer_of: read.append(path) or real(path))
+    engine = infer_cpu.load(folder, say=lambda line: None)
+    assert np.array_equal(engine.embed(TEXTS[:1]), engine.embed(TEXTS[:1])) and read == [folder]
+    classifier = infer_cpu.load(chain / "sst2/teacher", say=lambda line: None)
+    assert classifier.answer(TEXTS[:1]) == classifier.answer(TEXTS[:1]) and len(read) == 2
