@@ -1,10 +1,41 @@
 """What goes into a results file: every run's commit, machine and settings, and no two kinds of runs in one table."""
 import json
+import re
+from dataclasses import asdict
 
 import pytest
+from conftest import ROOT
 
 import train
 from bench import collect_runs, measure_tiny
+from data.tasks import TASKS
+
+CHOSEN = ("stage", "task", "sparsity", "threads", "precision", "seed")     # what a command line says; a recipe the rest
+
+def complete(settings):
+    """AssertionError unless settings hold all that train.py would set for such a run, and the same values."""
+    typed = {name: settings[name] for name in CHOSEN if name in settings}
+    typed |= {"init": "random"} if settings.get("init") == "random" else {}
+    typed |= {"mask": "gradual"} if settings["mask"] == "gradual" else {}
+    expected = collect_runs.settings_of(asdict(train.resolve({"threads": 1, "precision": "fp32", **typed})))
+    for left_open in ("init", "precision", "threads", "activation_bits", *(() if "steps" in expected else ("steps",))):
+        expected[left_open] = settings.get(left_open)           # of the machine, a place, or of the number of rows
+    assert {name: value for name, value in expected.items() if value is not None} == settings
+
+
+def test_the_quick_start_names_its_commit_and_todays_settings():
+    runs = json.loads((ROOT / "bench" / "quick_start.json").read_text())
+    assert len(runs) == 2 + 3 * len(TASKS) and collect_runs.common([*runs.values()])
+    for run in runs.values():
+        assert re.fullmatch("[0-9a-f]{40}", run["git_commit"]) and run["processor"] and run["torch"]
+        complete(run["settings"])
+    settings = runs["mnli/teacher"]["settings"]
+    for name in ("dropout", "epochs", "lr", "beta2"):           # and what is left out, or is another, is noticed
+        with pytest.raises(AssertionError):
+            complete({key: value for key, value in settings.items() if key != name})
+        with pytest.raises(AssertionError):
+            complete({**settings, name: 0.123})
+
 
 def test_figures_of_two_machines_or_settings_make_no_table():
     entry = dict.fromkeys((*collect_runs.SAME_IN_ALL, "git_commit"), "a")
