@@ -16,6 +16,7 @@ from formats.sentence import Sentence
 from model import InputError
 
 LINES_AT_ONCE = 4096        # of a stream: sorted by length among themselves, in memory at one time
+TEXTS_AT_ONCE = 256         # of a list that is held in memory anyway: how often its bar moves
 TOKENS_AT_ONCE = 2048       # of a forward pass
 
 
@@ -132,5 +133,9 @@ def evaluate_retrieval(settings, engine, against=None):
 
 def embed_all(embed, texts):
     """An Embedder over any number of texts, with a bar."""
-    pieces = range(0, len(texts), LINES_AT_ONCE)
-    return np.concatenate([embed(texts[begin:begin + LINES_AT_ONCE]) for begin in tqdm(pieces, unit="piece")])
+    vectors = []
+    with tqdm(total=len(texts), unit="text") as bar:
+        for begin in range(0, len(texts), TEXTS_AT_ONCE):
+            vectors.append(embed(texts[begin:begin + TEXTS_AT_ONCE]))
+            bar.update(len(vectors[-1]))
+    return np.concatenate(vectors)
