@@ -30,10 +30,10 @@ from data.recipes import RECIPES
 from data.settings import (LEAST_SPARSITY, check_device, check_length, check_numbers, check_stage, check_teacher,
                            corpus_path, data_folder, deciding, follow_zeros, free_zeros, preset_for, pretraining_data,
                            recipe_for, start_vocabulary)
-from formats import model_directory, run
+from formats import model_directory, page, run
 from formats.command import Parser, add_settings, show_any_letter
 from formats.config import compression_of, read_config
-from formats.files import write_file, write_json
+from formats.files import write_json
 from formats.hub import locate
 from formats.int8 import write_int8
 from formats.machine import cores, default_activation_bits, has_bf16, keep_freed_memory
@@ -509,8 +509,8 @@ def run_all(typed):
         lines.append(table_line(task, tasks.TASKS[task].metric, *own, engine))
         directories += own
     table = format_table(lines, directories, time.monotonic() - started)
-    print("\n" + table)
-    write_file(Path(pruned.out) / "table.txt", table + "\n")
+    report = page.write_results(Path(pruned.out), table, directories[len(upstream) - 1], directories)
+    print(f"\n{table}\nThe same with curves and a mask: {report}")
 
 
 def start(typed):

@@ -8,8 +8,9 @@ from conftest import DIRECTORIES, ROOT, commands
 
 import model as network
 import train
-from bench import draw_curves, memory, step_time, watch
+from bench import memory, step_time, watch
 from data.batches import batches_of
+from formats import curves
 from formats.config import read_config
 
 
@@ -125,13 +126,13 @@ def test_watch_needs_a_run(tmp_path, capsys):
 
 
 def test_committed_curves_are_drawn_from_the_committed_log():
-    log = draw_curves.read_log(ROOT / "bench" / "tiny_prune.csv")
-    picture = draw_curves.draw(log)
+    log = curves.read_log(ROOT / "bench" / "tiny_prune.csv")
+    picture = curves.draw(log)
     assert picture == (ROOT / "docs" / "tiny_prune.svg").read_text()
     tree = ElementTree.fromstring(picture)
     lines = [element.get("points").split() for element in tree.iter() if element.tag.endswith("polyline")]
     assert [len(points) for points in lines] == [len(log["step"])] * 5            # loss, mlm, kd; sparsity; rate
     heights = [float(point.split(",")[1]) for point in lines[3]]
     assert heights == sorted(heights, reverse=True)                             # sparsity only rises, y points down
-    zeros = (heights[0] - heights[-1]) / draw_curves.HEIGHT * max(log["sparsity"])
+    zeros = (heights[0] - heights[-1]) / curves.HEIGHT * max(log["sparsity"])
     assert zeros == pytest.approx(log["sparsity"][-1] - log["sparsity"][0], abs=0.01)
