@@ -8,6 +8,8 @@
     step_time.py            where the time of a training step goes
     watch.py                how a run stands, from its log
     measure_*.py            the evidence that README quotes, each with its .json
+    walk.py                 a step of pruning and a sentence through the engine, with their numbers
+    forks.py                copies of the project with a diff of docs/ applied
     collect_runs.py         results of a folder of runs
     draw_curves.py, draw_pictures.py    the curves of a run; the pictures of README
 """

@@ -1,42 +1,20 @@
 """docs/forking.md: every diff applies to today's code, runs, and does what the page says."""
 import json
 import re
-import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, SHORT
 
-PAGE = (ROOT / "docs" / "forking.md").read_text()
-ROOMS = ("model.py", "prune.py", "distill.py", "quant.py", "train.py", "infer_cpu.py")
+from bench import forks
 
-
-def change(title):
-    """(file, lines before, lines after) of the diff under a heading."""
-    section = PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
-    file, *lines = re.search(r"```diff\n--- (.*?)```", section, re.S).group(1).rstrip("\n").split("\n")
-    return file, *("\n".join(line[1:] for line in lines if line[0] in marks) + "\n" for marks in (" -", " +"))
+PAGE = ROOT / "docs" / "forking.md"
 
 
 @pytest.fixture
 def fork(tmp_path, request):
-    """A copy of the project with one change, and a function that runs a line of Python in it."""
-    folder = tmp_path / "fork"
-    for name in ("formats", "data", "native"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "tiny", "build"))
-    for name in ROOMS:
-        shutil.copy(ROOT / name, folder)
-    file, before, after = change(request.param)
-    source = (folder / file).read_text()
-    assert source.count(before) == 1 and before != after
-    (folder / file).write_text(source.replace(before, after))
-
-    def run(*arguments):
-        result = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-    return run
+    """A function that runs a line of Python in a copy of the project with one change."""
+    code = forks.copy_with(tmp_path / "fork", [forks.change(PAGE, request.param)])
+    return lambda *arguments: forks.run_in(code, *arguments)
 
 
 def changed(title):
@@ -55,7 +33,7 @@ def zeros(directory):
 
 
 def test_every_change_is_tested():
-    titles = re.findall(r"^## (.*)$", PAGE, re.M)
+    titles = re.findall(r"^## (.*)$", PAGE.read_text(), re.M)
     source = (ROOT / "tests" / "test_forking.py").read_text()
     assert len(titles) == 6 and all(f'@changed("{title}")' in source for title in titles)
 
@@ -66,7 +44,7 @@ def test_no_output_loses_all_its_inputs(fork, chain, world, tmp_path):
             "print((~prune.magnitude_mask(weight, 0.5)).sum(1).tolist())")
     first, second = json.loads(fork("-c", "import torch; torch.manual_seed(0); " + look))
     assert first + second == 40 and min(first, second) >= 10
-    assert subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True).stdout == "[0, 40]\n"
+    assert forks.run_in(ROOT, "-c", look) == "[0, 40]\n"
     fork(*prune_command(chain, world, tmp_path))
     assert zeros(tmp_path / "prune-unstructured-0.85")[1] == pytest.approx(0.85, abs=1e-4)
 
