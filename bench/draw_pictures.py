@@ -1,6 +1,7 @@
 """The pictures of README, as SVG for light and dark pages, from what is committed.
 
-    python -m bench.draw_pictures          writes docs/method.svg and, from bench/speed.json, docs/speed.svg
+    python -m bench.draw_pictures          writes docs/method.svg; from bench/speed.json docs/speed.svg; from
+                                           bench/exercises.json docs/masks.svg
 """
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ text { fill: #1f2328; font: 13px sans-serif } .small { font-size: 11px; fill: #5
 ARROW = ('<defs><marker id="end" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
          '<path d="M0 0L8 4L0 8z" fill="#808890"/></marker></defs>')
 BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_WIDTH = 176, 62, 20, 250, 380           # pixels
+SQUARE = 5                                                                               # of a weight in a mask
 
 # The stages: place (x, y), what it is called, what it does, what it writes below out/PRESET/.
 BOXES = {
@@ -86,7 +88,23 @@ def draw_speed():
     return svg(720, top - 30, parts)
 
 
-PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed}
+def draw_masks():
+    """The same corner of one layer, pruned weight by weight and in blocks: a square for each weight that lives."""
+    masks = json.loads((ROOT / "bench" / "exercises.json").read_text())["masks"]
+    parts = []
+    for left, name, title in ((20, "as it is", "unstructured: weight by weight"),
+                              (380, "blocks", "1x4: four inputs of one output")):
+        rows = masks[name]
+        side = SQUARE * len(rows)
+        squares = "".join(f"M{left + SQUARE * x} {30 + SQUARE * y}h{SQUARE}v{SQUARE}h-{SQUARE}z"
+                          for y, row in enumerate(rows) for x, bit in enumerate(row) if bit == "1")
+        parts += [text(left, 18, title, "bold"), f'<path d="{squares}" class="ours"/>',
+                  f'<rect x="{left}" y="30" width="{side}" height="{side}" class="line"/>',
+                  text(left, 30 + side + 16, "columns: inputs, rows: outputs", "small")]
+    return svg(720, 60 + SQUARE * len(rows), parts)
+
+
+PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed, "masks.svg": draw_masks}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from bench.forks import ROOT, change, copy_with, run_in
 from data import tiny
 from formats import model_directory
 from formats.files import write_json
+from formats.page import first_query
 
 PAGE = ROOT / "docs" / "walk.md"
 HALF = ("--sparsity", "0.5")
@@ -29,7 +30,15 @@ RUNS = {                                        # name: (heading of the diff to 
     "no teacher": ("", ("--teacher", "none")),
     "half": ("", HALF),
     "2:4": ("", (*HALF, "--pattern", "2:4")),
+    "blocks": ("", ("--pattern", "1x4")),
 }
+CORNER = 64                                     # rows and columns that are kept of a mask, for its picture
+
+
+def corner_of(directory):
+    """The first rows of the first layer's query mask, a text of 0 and 1 each."""
+    living = first_query(directory)[1][:CORNER, :CORNER] != 0
+    return ["".join(map(str, row)) for row in living.int().tolist()]
 
 
 def rounding_errors(directory):
@@ -57,7 +66,7 @@ def main():
     out, corpus = arguments.out.resolve(), tiny.ensure() / "corpus.txt"
     base = ["--threads", arguments.threads, "--corpus", corpus, "--resume"]
     run_in(ROOT, "train.py", "--stage", "pretrain", "--steps", 2 * arguments.steps, "--out", out, *base)
-    dense, records = out / "pretrain", {"pretrain": record(out / "pretrain")}
+    dense, records, masks = out / "pretrain", {"pretrain": record(out / "pretrain")}, {}
     for name, (title, typed) in RUNS.items():
         folder = out / name.replace(" ", "-").replace(":", "of")
         code = ROOT
@@ -68,13 +77,14 @@ def main():
                 copy_with(code, [change(PAGE, title)])
         run_in(code, "train.py", "--stage", "prune", "--steps", arguments.steps, "--init", dense, "--teacher", dense,
                "--out", folder, *base, *typed)
-        records[name] = record(next(folder.glob("prune-*")))
+        pruned = next(folder.glob("prune-*"))
+        records[name], masks[name] = record(pruned), corner_of(pruned)
         print(f"{name:<14} {records[name]['metrics']['validation_mlm_loss']:.3f}", flush=True)
     torch.set_num_threads(arguments.threads)
     errors = rounding_errors(next((out / "as-it-is").glob("prune-*")))
     print("rounded away:", ", ".join(f"{scales} {value:.1e}" for scales, value in errors.items()))
     write_json(arguments.json, {"command": "python -m bench.measure_exercises " + " ".join(sys.argv[1:]),
-                                **common(list(records.values())), "rounded_away": errors, "runs": records})
+                                **common(list(records.values())), "rounded_away": errors, "masks": masks, "runs": records})
 
 
 if __name__ == "__main__":
