@@ -24,7 +24,7 @@ OPTIONS = {
     "teacher": [*COMMON, ("--init", "random")],
     "finetune": [*COMMON, *TAUGHT],
     "gradual": [*COMMON, *TAUGHT, ("--sparsity", "0.5"), ("--pattern", "1x4"), ("--ramp-end", "0.25")],
-    "quantize": [*COMMON, *TAUGHT, ("--activation-bits", "7"), ("--weight-scales", "tensor")],
+    "quantize": [*COMMON, *TAUGHT, ("--activation-bits", "6"), ("--weight-scales", "tensor")],
 }
 DOES_NOT_REACH_IT = {"stage", "preset", "recipe", "resume", "out", "data", "corpus", "task", "mask", "epochs",
                      "micro_batch", "threads", "device"}       # chosen before it, or held to change nothing elsewhere

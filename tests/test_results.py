@@ -10,7 +10,7 @@ import train
 from bench import collect_runs, measure_tiny
 from data.tasks import TASKS
 
-CHOSEN = ("stage", "task", "sparsity", "threads", "precision", "seed")     # what a command line says; a recipe the rest
+CHOSEN = ("stage", "task", "sparsity", "threads", "seed")          # what a command line says; a recipe the rest
 
 def complete(settings):
     """AssertionError unless settings hold all that train.py would set for such a run, and the same values."""

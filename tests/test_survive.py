@@ -317,7 +317,7 @@ def test_resume_with_another_number_of_processes(world, chain, tmp_path, monkeyp
             together([*arguments, "--resume"], out, 3)
         ends.append(weights(out / "pretrain"))
     for name, tensor in ends[0].items():
-        assert torch.allclose(tensor, ends[1][name], atol=2e-5), name
+        assert torch.allclose(tensor, ends[1][name], atol=1e-4), name       # a step is 3e-3
 
 
 class three_steps_then_stop(list):
