@@ -11,9 +11,11 @@ import model as network
 import train
 from data import settings
 from data.batches import dropout_seed
+from formats.machine import default_activation_bits
 from formats.safetensors import read_safetensors
 
 STEPS = 4
+OTHER_BITS = str(15 - default_activation_bits())        # 7 and 8 are all there are, and which is the default the CPU says
 COMMON = [("--seed", "1"), ("--steps", "5"), ("--batch-size", "4"), ("--max-len", "8"), ("--lr", "0.005"),
           ("--beta2", "0.9"), ("--warmup", "0.5"), ("--weight-decay", "0.5"), ("--dropout", "0.3")]
 TAUGHT = [("--temperature", "7"), ("--kd-weight", "0.1"), ("--teacher", "none")]
@@ -24,7 +26,7 @@ OPTIONS = {
     "teacher": [*COMMON, ("--init", "random")],
     "finetune": [*COMMON, *TAUGHT],
     "gradual": [*COMMON, *TAUGHT, ("--sparsity", "0.5"), ("--pattern", "1x4"), ("--ramp-end", "0.25")],
-    "quantize": [*COMMON, *TAUGHT, ("--activation-bits", "6"), ("--weight-scales", "tensor")],
+    "quantize": [*COMMON, *TAUGHT, ("--activation-bits", OTHER_BITS), ("--weight-scales", "tensor")],
 }
 DOES_NOT_REACH_IT = {"stage", "preset", "recipe", "resume", "out", "data", "corpus", "task", "mask", "epochs",
                      "micro_batch", "threads", "device"}       # chosen before it, or held to change nothing elsewhere

@@ -30,7 +30,7 @@ def test_results_of_the_exercises_are_the_measured_ones():
     assert {run["git_commit"] for run in runs.values()} == set(found["runs_of_commits"])
     values = {name: f"{runs[name]['metrics']['validation_mlm_loss']:.3f}" for name in measure_exercises.RUNS}
     values.update({name: f"{value:.1e}" for name, value in found["rounded_away"].items()})
-    assert dict(re.findall(r"<!-- ([^>]*) -->(\S*[^\s.,])", PAGE.read_text())) == values
+    assert dict(re.findall(r"<!-- ([^>]*) -->([\d.e-]*\d)", PAGE.read_text())) == values
 
 
 def fork(tmp_path, number):
