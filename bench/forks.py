@@ -20,8 +20,8 @@ def change(page, title):
 
 
 def copy_with(folder, changes=()):
-    """Copy what runs to `folder`, a path, and apply changes, as `change` returns them. ValueError where one does not fit
-    exactly one place."""
+    """Copy what runs to `folder`, a path, and apply changes, as `change` returns them. ValueError where one does
+    not fit exactly one place."""
     for name in ("formats", "data", "native", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "tiny", "build"))
     for name in ROOMS:

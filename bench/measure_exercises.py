@@ -84,7 +84,8 @@ def main():
     errors = rounding_errors(next((out / "as-it-is").glob("prune-*")))
     print("rounded away:", ", ".join(f"{scales} {value:.1e}" for scales, value in errors.items()))
     write_json(arguments.json, {"command": "python -m bench.measure_exercises " + " ".join(sys.argv[1:]),
-                                **common(list(records.values())), "rounded_away": errors, "masks": masks, "runs": records})
+                                **common(list(records.values())), "rounded_away": errors, "masks": masks,
+                                "runs": records})
 
 
 if __name__ == "__main__":

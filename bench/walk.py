@@ -36,7 +36,7 @@ def show_batch(data, tokenizer):
     for name, tensor in batch.items():
         print(f"{name:<20} {shape(tensor)}")
     words = [tokenizer.id_to_token(i) for i in batch["input_ids"][0].tolist()]
-    print("first row:", " ".join(word for word in words if word != "[PAD]")[:100])
+    print("first row:", " ".join(words[:20]), "…")
     count = distill.denominators([batch])
     print(f"rows {count['rows']}, tokens {count['tokens']}, words to predict {count['masked']}")
     return batch, count
@@ -96,7 +96,8 @@ def show_rounding(classifier, data):
     print(f"input {shape(x)}: scale {float(packed.input_scale):.4f}, zero point {int(packed.input_zero_point)}")
     print("first numbers", " ".join(f"{value:.2f}" for value in x[0, 0, :5].tolist()),
           "-> levels", " ".join(map(str, integers[0, 0, :5].tolist())))
-    print(f"weights kept {len(packed.values)} of {layer.weight.numel()}, a bit for each, {len(packed.weight_scale)} scales")
+    print(f"weights kept {len(packed.values)} of {layer.weight.numel()}, a bit for each, "
+          f"{len(packed.weight_scale)} scales")
     print(f"integer sums {shape(sums)}; scaled, they differ from fake quantization by less than 1e-4:",
           "yes" if (quant.integer_forward(x, packed) - fake).abs().max() < 1e-4 else "no")
 

@@ -7,8 +7,8 @@ from formats.safetensors import read_safetensors
 
 CORNER, PIXELS = 96, 5                  # weights a side that are shown of a mask, and pixels for each
 STYLE = """body { font: 15px/1.5 sans-serif; max-width: 760px; margin: 24px auto; padding: 0 12px; color: #1f2328;
-background: white } pre { overflow-x: auto; background: #f6f8fa; padding: 12px; font-size: 12px } svg { max-width: 100% }
-.living { stroke: #0969da; stroke-width: 1 } .frame { fill: none; stroke: #999; stroke-width: 0.2 }
+background: white } pre { overflow-x: auto; background: #f6f8fa; padding: 12px; font-size: 12px }
+svg { max-width: 100% } .living { stroke: #0969da; stroke-width: 1 } .frame { fill: none; stroke: #999; stroke-width: 0.2 }
 @media (prefers-color-scheme: dark) { body { color: #e6edf3; background: #0d1117 } pre { background: #161b22 }
 .living { stroke: #58a6ff } }"""
 

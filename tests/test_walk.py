@@ -1,5 +1,5 @@
-"""docs/walk.md: its numbers are what the command prints, its exercises apply and do what they say, their results are the
-measured ones."""
+"""docs/walk.md: its numbers are what the command prints, its exercises apply and do what they say, and their results
+are the measured ones."""
 import json
 import re
 
@@ -48,7 +48,8 @@ def test_a_zeroed_weight_is_gone(tmp_path):
 
 def test_without_rewinding_the_rate_only_falls(tmp_path, chain, world):
     forks.run_in(fork(tmp_path, 2), "train.py", "--stage", "prune", *SHORT, "--steps", "40", "--init",
-                 chain / "pretrain", "--teacher", chain / "pretrain", "--corpus", world / "corpus.txt", "--out", tmp_path)
+                 chain / "pretrain", "--teacher", chain / "pretrain", "--corpus", world / "corpus.txt", "--out",
+                 tmp_path)
     lines = (tmp_path / "prune-unstructured-0.85" / "log.csv").read_text().splitlines()
     column = lines[0].split(",").index("learning_rate")
     rates = [float(line.split(",")[column]) for line in lines[1:]]
