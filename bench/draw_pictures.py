@@ -7,15 +7,20 @@ import json
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+import torch
+
+from formats.page import squares
+
 ROOT = Path(__file__).resolve().parent.parent
 STYLE = """<style>
 text { fill: #1f2328; font: 13px sans-serif } .small { font-size: 11px; fill: #59636e } .bold { font-weight: bold }
 .box { fill: #f6f8fa; stroke: #59636e } .once { fill: #ddf4ff; stroke: #0969da } .line { stroke: #59636e; fill: none }
 .teach { stroke: #8250df; fill: none; stroke-dasharray: 4 3 } .purple { fill: #8250df; font-size: 11px }
-.ours { fill: #0969da } .others { fill: #afb8c1 }
+.living { stroke: #0969da } .ours { fill: #0969da } .others { fill: #afb8c1 }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .small { fill: #9198a1 }
 .box { fill: #161b22; stroke: #9198a1 } .once { fill: #0c2d6b; stroke: #58a6ff } .line { stroke: #9198a1 }
-.teach { stroke: #bc8cff } .purple { fill: #bc8cff } .ours { fill: #58a6ff } .others { fill: #484f58 } }
+.teach { stroke: #bc8cff } .purple { fill: #bc8cff } .living { stroke: #58a6ff }
+.ours { fill: #58a6ff } .others { fill: #484f58 } }
 </style>"""
 ARROW = ('<defs><marker id="end" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
          '<path d="M0 0L8 4L0 8z" fill="#808890"/></marker></defs>')
@@ -94,14 +99,13 @@ def draw_masks():
     parts = []
     for left, name, title in ((20, "as it is", "unstructured: weight by weight"),
                               (380, "blocks", "1x4: four inputs of one output")):
-        rows = masks[name]
-        side = SQUARE * len(rows)
-        squares = "".join(f"M{left + SQUARE * x} {30 + SQUARE * y}h{SQUARE}v{SQUARE}h-{SQUARE}z"
-                          for y, row in enumerate(rows) for x, bit in enumerate(row) if bit == "1")
-        parts += [text(left, 18, title, "bold"), f'<path d="{squares}" class="ours"/>',
+        living = torch.tensor([[bit == "1" for bit in row] for row in masks[name]])
+        side = SQUARE * len(living)
+        parts += [text(left, 18, title, "bold"),
+                  f'<path d="{squares(living)}" class="living" transform="translate({left} 30) scale({SQUARE})"/>',
                   f'<rect x="{left}" y="30" width="{side}" height="{side}" class="line"/>',
                   text(left, 30 + side + 16, "columns: inputs, rows: outputs", "small")]
-    return svg(720, 60 + SQUARE * len(rows), parts)
+    return svg(720, 60 + side, parts)
 
 
 PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed, "masks.svg": draw_masks}

@@ -7,6 +7,7 @@ scales how much of the weights is rounded away. Written to --json with every run
 are not run again.
 """
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ RUNS = {                                        # name: (heading of the diff to 
     "2:4": ("", (*HALF, "--pattern", "2:4")),
     "blocks": ("", ("--pattern", "1x4")),
 }
-CORNER = 64                                     # rows and columns that are kept of a mask, for its picture
+DRAWN, CORNER = ("as it is", "blocks"), 64      # whose mask is kept for a picture: so many rows and columns of it
 
 
 def corner_of(directory):
@@ -71,14 +72,14 @@ def main():
         folder = out / name.replace(" ", "-").replace(":", "of")
         code = ROOT
         if title:
-            code = folder / "code"
-            if not code.is_dir():
-                code.mkdir(parents=True)
-                copy_with(code, [change(PAGE, title)])
+            shutil.rmtree(folder / "code", ignore_errors=True)
+            code = copy_with(folder / "code", [change(PAGE, title)])
         run_in(code, "train.py", "--stage", "prune", "--steps", arguments.steps, "--init", dense, "--teacher", dense,
                "--out", folder, *base, *typed)
         pruned = next(folder.glob("prune-*"))
-        records[name], masks[name] = record(pruned), corner_of(pruned)
+        records[name] = record(pruned)
+        if name in DRAWN:
+            masks[name] = corner_of(pruned)
         print(f"{name:<14} {records[name]['metrics']['validation_mlm_loss']:.3f}", flush=True)
     torch.set_num_threads(arguments.threads)
     errors = rounding_errors(next((out / "as-it-is").glob("prune-*")))

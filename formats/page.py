@@ -8,17 +8,22 @@ from formats.safetensors import read_safetensors
 CORNER, PIXELS = 96, 5                  # weights a side that are shown of a mask, and pixels for each
 STYLE = """body { font: 15px/1.5 sans-serif; max-width: 760px; margin: 24px auto; padding: 0 12px; color: #1f2328;
 background: white } pre { overflow-x: auto; background: #f6f8fa; padding: 12px; font-size: 12px }
-svg { max-width: 100% } .living { stroke: #0969da; stroke-width: 1 } .frame { fill: none; stroke: #999; stroke-width: 0.2 }
+svg { max-width: 100% } .living { stroke: #0969da } .frame { fill: none; stroke: #999; stroke-width: 0.2 }
 @media (prefers-color-scheme: dark) { body { color: #e6edf3; background: #0d1117 } pre { background: #161b22 }
 .living { stroke: #58a6ff } }"""
+
+
+def squares(living):
+    """bool (rows, columns) -> the `d` of an SVG path: a square of side 1 for each True, if drawn with a line of width
+    1."""
+    return "".join(f"M{column} {row + 0.5}h1" for row, column in living.nonzero().tolist())
 
 
 def draw_mask(living):
     """bool (rows, columns), True where a weight lives -> an SVG element with a square for each of these."""
     rows, columns = living.shape
-    squares = "".join(f"M{column} {row + 0.5}h1" for row, column in living.nonzero().tolist())
     return (f'<svg viewBox="0 0 {columns} {rows}" width="{columns * PIXELS}" xmlns="http://www.w3.org/2000/svg">'
-            f'<path class="living" d="{squares}"/>'
+            f'<path class="living" d="{squares(living)}"/>'
             f'<rect class="frame" width="{columns}" height="{rows}"/></svg>')
 
 
