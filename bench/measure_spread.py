@@ -43,7 +43,7 @@ def measure(upstream, out, task, seeds):
     return rows, records
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="mnli")
     parser.add_argument("--seeds", default="0,1,2,3,4,5,6,7")
@@ -51,7 +51,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="pre-trained models at a time")
     parser.add_argument("--out", type=Path, default=Path("out/spread"))
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "spread.json")
-    arguments = parser.parse_args()
+    typed = sys.argv[1:] if arguments is None else arguments
+    arguments = parser.parse_args(typed)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         measured = list(pool.map(lambda one: measure(one, arguments.out, arguments.task, seeds),
@@ -66,7 +67,7 @@ def main():
         summary["int8"][name]["most below its dense model"] = max(below)
     settings = shared_settings([(name.split()[0], entry) for name, entry in records],
                                ("seed", "threads", "precision", *PLACES))
-    write_json(arguments.json, {"command": "python -m bench.measure_spread " + " ".join(sys.argv[1:]),
+    write_json(arguments.json, {"command": "python -m bench.measure_spread " + " ".join(typed),
                                 "task": arguments.task, **common([entry for _, entry in records]),
                                 "settings": settings, "summary": summary, "runs": rows})
     for row in rows:

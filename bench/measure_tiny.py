@@ -92,7 +92,7 @@ def summarize(seeds):
     return summary, worst
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--sparsity", type=float, default=0.85)
@@ -100,7 +100,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--out", type=Path, default=Path("out/measure"))
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "tiny.json")
-    arguments = parser.parse_args()
+    typed = sys.argv[1:] if arguments is None else arguments
+    arguments = parser.parse_args(typed)
     names = arguments.seeds.split(",")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         measured = list(pool.map(lambda seed: measure_seed(int(seed), arguments.out / f"seed-{seed}",
@@ -108,12 +109,12 @@ def main():
     seeds, records = {seed: result for seed, (result, _) in zip(names, measured)}, [found for _, found in measured]
     summary, worst = summarize(seeds)
     write_json(arguments.json, {
-        "command": "python -m bench.measure_tiny " + " ".join(sys.argv[1:]), "sparsity": arguments.sparsity,
+        "command": "python -m bench.measure_tiny " + " ".join(typed), "sparsity": arguments.sparsity,
         **common([entry for found in records for entry in found.values()]),
         "training_seconds": {seed: sum(entry["training_seconds"] for entry in found.values())
                              for seed, found in zip(names, records)},
-        "settings": shared_settings([pair for found in records for pair in sorted(found.items())], ("seed",)), "mean_and_deviation": summary, "worst": worst,
-        "seeds": seeds})
+        "settings": shared_settings([pair for found in records for pair in sorted(found.items())], ("seed",)),
+        "mean_and_deviation": summary, "worst": worst, "seeds": seeds})
     print(f"{'':<15}" + "".join(f"{name:>14}" for name in (*SCORES, "average")))
     for column, row in summary.items():
         print(f"{column:<15}" + "".join(f"{mean:>8.1%} ±{deviation:>4.1%}" for mean, deviation in row.values()))

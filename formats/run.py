@@ -124,15 +124,20 @@ class Progress:
         self.saved = time.monotonic()
 
 
-def describe_run(settings, decided, init, teacher, root):
-    """What run.json holds. settings: all of them; decided: as in `save_checkpoint`; root: the folder of the program."""
+def versions(root):
+    """What made a figure: the commit of the program in the folder `root` (None outside git), packages, machine."""
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"settings": {**settings, **decided["settings"]}, "parent": str(init) if init else None,
-            "teacher": str(teacher) if teacher else None, "fingerprints": decided["inputs"], "processes": processes(),
-            "git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
+    return {"git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
             "machine": platform.machine(), "processor": processor_name(), "cores": cores(),
             "system": platform.platform()}
+
+
+def describe_run(settings, decided, init, teacher, root):
+    """What run.json holds. settings: all of them; decided: as in `save_checkpoint`; root: the folder of the program."""
+    return {"settings": {**settings, **decided["settings"]}, "parent": str(init) if init else None,
+            "teacher": str(teacher) if teacher else None, "fingerprints": decided["inputs"], "processes": processes(),
+            **versions(root)}
 
 
 def begin_directory(out, state, description):

@@ -17,16 +17,16 @@ PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT /
 FRONT, README = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 
 
-def command_lines():
-    """Every line of the code blocks that runs one of our programs."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+def lines_of(page):
+    """Every line of a page's code blocks that runs one of our programs."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
     return [part.strip() for line in text.splitlines() for part in line.split("#")[0].split("&&")
             if part.strip().startswith("python ")]
 
 
 def test_commands_parse():
-    lines = command_lines()
+    lines = lines_of(README)
     assert len(lines) >= 8
     for line in lines:
         program, *arguments = shlex.split(line)[1:]
