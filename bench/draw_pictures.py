@@ -1,7 +1,7 @@
 """The pictures of README, as SVG for light and dark pages, from what is committed.
 
     python -m bench.draw_pictures          writes docs/method.svg; from bench/speed.json docs/speed.svg; from
-                                           bench/exercises.json docs/masks.svg
+                                           bench/exercises.json docs/masks.svg; from bench/size.json docs/bytes.svg
 """
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from xml.sax.saxutils import escape
 
 import torch
 
+from bench.size import ENCODER
 from formats.page import squares
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,8 @@ text { fill: #1f2328; font: 13px sans-serif } .small { font-size: 11px; fill: #5
 .box { fill: #f6f8fa; stroke: #59636e } .once { fill: #ddf4ff; stroke: #0969da } .line { stroke: #59636e; fill: none }
 .teach { stroke: #8250df; fill: none; stroke-dasharray: 4 3 } .purple { fill: #8250df; font-size: 11px }
 .living { stroke: #0969da } .ours { fill: #0969da } .others { fill: #afb8c1 }
+.values { fill: #0969da } .masks { fill: #54aeff } .embeddings { fill: #bf8700 } .rest { fill: #8c959f }
+.share { fill: #ffffff; font-size: 11px }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .small { fill: #9198a1 }
 .box { fill: #161b22; stroke: #9198a1 } .once { fill: #0c2d6b; stroke: #58a6ff } .line { stroke: #9198a1 }
 .teach { stroke: #bc8cff } .purple { fill: #bc8cff } .living { stroke: #58a6ff }
@@ -25,6 +28,7 @@ text { fill: #1f2328; font: 13px sans-serif } .small { font-size: 11px; fill: #5
 ARROW = ('<defs><marker id="end" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
          '<path d="M0 0L8 4L0 8z" fill="#808890"/></marker></defs>')
 BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_WIDTH = 176, 62, 20, 250, 380           # pixels
+BYTES_WIDTH = 520
 SQUARE = 5                                                                               # of a weight in a mask
 
 # The stages: place (x, y), what it is called, what it does, what it writes below out/PRESET/.
@@ -108,7 +112,46 @@ def draw_masks():
     return svg(720, 60 + side, parts)
 
 
-PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed, "masks.svg": draw_masks}
+def parts_of(report, dense):
+    """{part of a file: its bytes}, in the order they are drawn. report: of bench/size.json; dense: the float32 file, all
+    of whose weights are values."""
+    kinds = report["kinds"]
+    column = "dense_bytes" if dense else "stored_bytes"
+    inner = [kinds[kind] for kind in (*ENCODER, "pooler")]
+    values = sum(row["dense_bytes" if dense else "value_bytes"] for row in inner)
+    masks = 0 if dense else sum(row["mask_bytes"] for row in inner)
+    file = report["dense_file_bytes" if dense else "file_bytes"]
+    embeddings = kinds["embeddings"][column]
+    return {"values": values, "masks": masks, "embeddings": embeddings, "rest": file - values - masks - embeddings}
+
+
+def draw_bytes():
+    """A panel per model: the dense file, the sparse INT8 file in the same scale, and the latter again, stretched."""
+    parts, top = [], 44
+    for left, kind, title in ((10, "values", "weights of the layers"), (190, "masks", "where they stand"),
+                              (340, "embeddings", "embeddings"), (460, "rest", "scales, norms, heads, header")):
+        parts += [f'<rect x="{left}" y="8" width="12" height="12" class="{kind}"/>', text(left + 18, 18, title, "small")]
+    for name, report in json.loads((ROOT / "bench" / "size.json").read_text())["models"].items():
+        dense, stored = parts_of(report, True), parts_of(report, False)
+        full, small = report["dense_file_bytes"], report["file_bytes"]
+        preset, sparsity, pattern = name.split()
+        parts.append(text(10, top + 12, f"{preset}, {sparsity.rstrip('%')} % zeros, {pattern}", "bold"))
+        for row, (title, shares, whole) in enumerate(((f"dense, {full / 1e6:,.0f} MB", dense, full),
+                                                      (f"sparse INT8, {small / 1e6:.1f} MB", stored, full),
+                                                      (f"the same, {full / small:.1f} x larger", stored, small))):
+            y, x = top + 20 + row * (BAR_HEIGHT + 2), 180.0
+            parts.append(text(172, y + 14, title, "small", "end"))
+            for kind, size in shares.items():
+                width = BYTES_WIDTH * size / whole
+                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{BAR_HEIGHT - 2}" class="{kind}"/>')
+                if row == 2 and width > 34:
+                    parts.append(text(round(x + width / 2, 1), y + 13, f"{size / whole:.0%}", "share", "middle"))
+                x += width
+        top += 20 + 3 * (BAR_HEIGHT + 2) + 18
+    return svg(720, top - 8, parts)
+
+
+PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed, "masks.svg": draw_masks, "bytes.svg": draw_bytes}
 
 
 if __name__ == "__main__":

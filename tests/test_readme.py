@@ -85,6 +85,25 @@ def test_pictures_are_drawn_from_what_is_committed():
         ElementTree.fromstring(draw())
 
 
+def test_sizes_are_the_measured_ones():
+    """The table of BERT-Large against bench/size.json; and that file against the arithmetic that needs no measuring."""
+    found = json.loads((ROOT / "bench" / "size.json").read_text())
+    assert re.fullmatch("[0-9a-f]{40}", found["git_commit"]) and found["torch"]
+    large = found["models"]["bert-large 90% unstructured"]
+    encoder, dense = large["encoder"], large["dense_file_bytes"]
+    assert encoder["weights"] == 24 * (4 * 1024 ** 2 + 2 * 1024 * 4096)
+    for title, before, after in (
+            ("encoder, values only (the paper's count)", encoder["dense_bytes"], encoder["value_bytes"]),
+            ("encoder, values and masks", encoder["dense_bytes"], encoder["stored_bytes"] - encoder["scale_bytes"]),
+            ("whole file", dense, large["file_bytes"]), ("whole file after zip", dense, large["zip_bytes"])):
+        assert f"| {title} | {before:,} | {after:,} | {before / after:.1f} |" in README, title
+    for report in found["models"].values():
+        for column in (True, False):
+            parts = draw_pictures.parts_of(report, column)
+            assert min(parts.values()) >= 0
+            assert sum(parts.values()) == report["dense_file_bytes" if column else "file_bytes"]
+
+
 def test_the_tiny_world_tells_the_papers_story():
     """What the project promises of the embedded default, on the committed measurement."""
     average = {name: row["average"][0] for name, row in
