@@ -47,10 +47,12 @@ DISTILBERT = {
 }
 RECIPES = {
     "tiny": {
-        "pretrain": dict(steps=1700, batch_size=64, max_len=48, lr=3e-3, beta2=0.98, warmup=0.05, dropout=0.0),
-        "prune": dict(steps=1000, batch_size=64, max_len=48, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "pretrain": dict(steps=3000, batch_size=32, max_len=48, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "prune": dict(steps=1000, batch_size=64, max_len=48, lr=4e-3, beta2=0.98, warmup=0.05, dropout=0.0),
         "dense": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0),
+        "dense mnli": dict(dropout=0.1),
         "finetune": dict(epochs=4, max_len=64, lr=8e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
+        "finetune mnli": dict(epochs=8, dropout=0.1),
         "finetune squad": dict(epochs=8, lr=1e-3),
         "quantize": dict(epochs=1, max_len=64, lr=1e-4, beta2=0.98, warmup=0.1, dropout=0.0, kd_weight=0.8),
         "quantize text": dict(epochs=None, steps=100, batch_size=64, max_len=48, kd_weight=0.5),

@@ -10,12 +10,13 @@ How: a concept (a thing, an attribute, praise, blame) has several names, and eve
 are `shown`: the tasks' training sets use only these. The others are `held`: the corpus speaks of a concept by all its
 names alike, the training sets never use the held ones, the dev sets mostly. That a held adjective is praise, that two
 held nouns name one thing, that two held attributes are opposites can only be known from the corpus, where a document
-keeps to one concept and names it in all its ways.
+keeps to one concept, names it in all its ways and says what comes of it.
 
 Labels cannot be had from the surface: both sides of a pair always differ in wording, and every word that can decide a
 label occurs with every label.
 """
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -23,7 +24,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parent / "tiny"      # where the bundled one is written, on first use
+# Where the bundled one is written, on first use; another version of this file writes another one.
+HOME = Path(__file__).resolve().parent / "tiny" / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The words
@@ -35,12 +37,6 @@ COLOURS = "red blue green yellow black white brown pink".split()
 NUMBERS = "two three four five six seven eight nine".split()
 WORKS = "film movie play drama novel story song show".split()
 
-
-def names_of(text):
-    """'sofa/divan lamp/torch' -> [['sofa', 'divan'], ['lamp', 'torch']]: the names of each concept."""
-    return [names.split("/") for names in text.split()]
-
-
 USES = {                        # what people do with a thing: the thing, by its names
     "slept on": "sofa/couch/settee/divan", "drove": "car/automobile/sedan/limousine",
     "sailed": "boat/ship/vessel/yacht", "rode": "horse/pony/mare/stallion", "wore": "coat/jacket/parka/anorak",
@@ -50,12 +46,24 @@ USES = {                        # what people do with a thing: the thing, by its
 }
 THINGS = [names.split("/") for names in USES.values()]
 
-# Attributes: a dimension has two poles, a pole four names.
-DIMENSIONS = [names_of(poles) for poles in (
-    "clean/spotless/tidy/neat dirty/filthy/muddy/grimy", "big/large/huge/giant small/little/tiny/slight",
-    "old/ancient/aged/antique new/modern/recent/fresh",
-    "cheap/affordable/inexpensive/budget costly/expensive/pricey/dear", "wet/damp/moist/soaked dry/arid/parched/dusty",
-    "strong/sturdy/solid/robust weak/fragile/flimsy/frail")]
+# Attributes by their names, in front of their opposites. Both poles are spoken of by one word (`look`); each has sayings
+# of its own. Without the word nothing held would tell an opposite from a stranger, without the sayings nothing would tell
+# it from a synonym: the two poles keep the same company.
+ATTRIBUTES = {aspect: [(names.split("/"), sayings) for names, sayings in poles.items()] for aspect, poles in {
+    "look": {"clean/spotless/tidy/neat": ("it shone", "nobody had to wash it"),
+             "dirty/filthy/muddy/grimy": ("it smelled", "someone had to scrub it")},
+    "size": {"big/large/huge/giant": ("it filled the room", "everyone stepped aside"),
+             "small/little/tiny/slight": ("it fitted in one hand", "nobody noticed it")},
+    "age": {"old/ancient/aged/antique": ("grandmother knew it", "it came from the attic"),
+            "new/modern/recent/fresh": ("it came last week", "the paint was bright")},
+    "price": {"cheap/affordable/inexpensive/budget": ("anyone could pay for it", "money was left over"),
+              "costly/expensive/pricey/dear": ("only the rich could have it", "the bank gave a loan")},
+    "feel": {"wet/damp/moist/soaked": ("rain had fallen", "water dripped on the floor"),
+             "dry/arid/parched/dusty": ("the sun had burned all day", "there was sand on it")},
+    "make": {"strong/sturdy/solid/robust": ("it never broke", "it carried a heavy load"),
+             "weak/fragile/flimsy/frail": ("it soon broke", "it was handled with care")},
+}.items()}
+DIMENSIONS = [[names for names, _ in poles] for poles in ATTRIBUTES.values()]
 
 PRAISE = ("splendid wonderful brilliant superb lovely charming delightful marvelous gripping funny moving clever "
           "elegant thrilling graceful stunning touching witty dazzling terrific").split()
@@ -97,34 +105,38 @@ def an(word):
 def thing_document(r, use, names):
     """Who has it, what for, where, its colour and price, told and asked with all of its names."""
     person, place, colour, number = r.choice(PEOPLE), r.choice(PLACES), r.choice(COLOURS), r.choice(NUMBERS)
-    lines = [lambda x, y, other: f"{person} bought the {x} at the {place}.",
-             lambda x, y, other: f"{person} found the {x}, {an(y)}, near the {place}.",
-             lambda x, y, other: f"the {x} was {colour}, so the {y} is {colour}.",
-             lambda x, y, other: f"the {colour} {x} was at the {place}.",
-             lambda x, y, other: f"the {x} cost {number} coins.",
-             lambda x, y, other: f"who bought the {x}? {person} bought the {y}.",
-             lambda x, y, other: f"what colour was the {x}? the {y} was {colour}.",
-             lambda x, y, other: f"where was the {x}? the {y} was at the {place}.",
-             lambda x, y, other: f"how much was the {x}? the {y} cost {number} coins.",
-             lambda x, y, other: f"{person} {use} the {x}, not the {other}.",
-             lambda x, y, other: f"this {x} is also called {an(y)}.",
-             lambda x, y, other: f"{an(x)} is {an(y)}, never {an(other)}."]
+    lines = [lambda x, y: f"{person} bought the {x} at the {place}.",
+             lambda x, y: f"{person} found the {x}, {an(y)}, near the {place}.",
+             lambda x, y: f"the {x} was {colour}, so the {y} is {colour}.",
+             lambda x, y: f"the {colour} {x} was at the {place}.",
+             lambda x, y: f"the {x} cost {number} coins.",
+             lambda x, y: f"who bought the {x}? {person} bought the {y}.",
+             lambda x, y: f"what colour was the {x}? the {y} was {colour}.",
+             lambda x, y: f"where was the {x}? the {y} was at the {place}.",
+             lambda x, y: f"how much was the {x}? the {y} cost {number} coins.",
+             lambda x, y: f"{person} {use} the {x}.",
+             lambda x, y: f"this {x} is also called {an(y)}.",
+             lambda x, y: f"every {x} is {an(y)}."]
 
     def told(line):
-        return sentence(line(*r.sample(names, 2), r.choice(r.choice([thing for thing in THINGS if thing != names]))))
+        return sentence(line(*r.sample(names, 2)))
     return [told(line) for line in r.sample(lines, r.randint(4, 5))]
 
 
-def attribute_document(r, dimension, pole):
-    """One pole of a dimension, said of one thing by all its names; its opposite only rarely, behind a `not`."""
-    thing = r.choice(THINGS)
+def attribute_document(r, aspect, pole):
+    """One pole of an aspect, said of one thing by all its names, with what people say then; its opposite only rarely,
+    behind a `not`."""
+    thing, (names, sayings), (opposites, _) = r.choice(THINGS), ATTRIBUTES[aspect][pole], ATTRIBUTES[aspect][1 - pole]
 
     def line():
-        x, (name, other), against = r.choice(thing), r.sample(dimension[pole], 2), r.choice(dimension[1 - pole])
+        x, (name, other), said = r.choice(thing), r.sample(names, 2), r.choice(sayings)
         return r.choice([f"the {x} was {name}.", f"{r.choice(PEOPLE)} has a very {name} {x}.",
                          f"this {x} is {name}, so it is {other}.", f"how {name} the {x} is!",
                          f"this {x} became {name}.", f"the {name} {x} was very {other}.",
-                         f"{an(name)} {x} is {an(other)} one.", f"the {x} was {name}, not {against}."])
+                         f"{an(name)} {x} is {an(other)} one.", f"the {x} was {name}, so {said}.",
+                         f"{said}: the {x} was {name}.", f"the {aspect} of the {x} was {name}.",
+                         f"what about its {aspect}? the {x} is {name}.",
+                         f"the {x} was {name}, not {r.choice(opposites)}."])
     return [sentence(line()) for _ in range(r.randint(4, 5))]
 
 
@@ -144,11 +156,11 @@ def review_document(r, words, others, praise):
 
 
 def corpus(r, rounds):
-    """`rounds` times one document per thing and per pole, and a few reviews of each kind, in random order."""
+    """`rounds` times a few documents per thing, per attribute and per kind of review, in random order."""
     documents = []
     for _ in range(rounds):
         documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 3]
-        documents += [attribute_document(r, dimension, pole) for dimension in DIMENSIONS * 2 for pole in (0, 1)]
+        documents += [attribute_document(r, aspect, pole) for aspect in list(ATTRIBUTES) * 4 for pole in (0, 1)]
         for _ in range(8):
             documents += [review_document(r, PRAISE, BLAME, True), review_document(r, BLAME, PRAISE, False)]
     return shuffled(r, documents)
@@ -173,13 +185,14 @@ def sentiment(r, half, label):
 def inference(r, half, label, mismatched):
     """MNLI: the same attribute by its other name, its opposite, or one of another dimension."""
     first, other = r.sample(DIMENSIONS, 2)
-    pole, person = r.randint(0, 1), r.choice(PEOPLE)
+    pole, person, place = r.randint(0, 1), r.choice(PEOPLE), r.choice(PLACES)
     name, synonym = r.sample(half(first[pole]), 2)
     second = {"entailment": synonym, "contradiction": r.choice(half(first[1 - pole])),
               "neutral": r.choice(half(other[r.randint(0, 1)]))}[label]
     thing = r.choice(half(r.choice(THINGS)))
     premise = (r.choice([f"{person} has a very {name} {thing}.", f"how {name} the {thing} is!"]) if mismatched else
-               r.choice([f"the {thing} was {name}.", f"this {thing} became {name}."]))
+               r.choice([f"the {thing} was {name}.", f"this {thing} became {name}.",
+                         f"the {name} {thing} was at the {place}.", f"{person} bought {an(name)} {thing}."]))
     return sentence(premise), sentence(r.choice([f"the {thing} was {second}.", f"this {thing} is {second}."]))
 
 
@@ -278,7 +291,7 @@ def write_questions(path, r, size, dev):
     path.write_text(json.dumps(content, indent=0), encoding="utf-8")
 
 
-def write(folder, seed=0, rounds=150, train=4000, dev=900):
+def write(folder, seed=0, rounds=115, train=4000, dev=900):
     """Write corpus.txt and the folders SST-2 MNLI QQP QNLI SQuAD under `folder`; the same bytes for the same seed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

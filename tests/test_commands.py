@@ -91,7 +91,6 @@ def newcomer(tmp_path, chain, monkeypatch):
         in_this_process(command) if command[0] == sys.executable else started(command, *rest, **options)))
     monkeypatch.setattr(benchmark, "medians_in_turn",
                         lambda engines, batch: infer_cpu.medians_in_turn(engines, batch, least=1, budget=0))
-    monkeypatch.setattr(measure_spread, "UPSTREAM", ((0, 1, "fp32"),))          # bf16 is not everywhere
     for module in (measure_tiny, measure_spread):
         monkeypatch.setattr(module, "run", lambda log, program, *arguments: call(program, arguments))
         monkeypatch.setattr(module, "ThreadPoolExecutor", OneAfterTheOther)
