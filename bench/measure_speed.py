@@ -5,7 +5,7 @@
 
 The peers live in environments of their own, and each may be left out:
 
-    python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 transformers onnx onnxruntime
+    python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 transformers onnx onnxruntime openvino nncf
     python3.10 -m venv DEEPSPARSE && DEEPSPARSE/bin/pip install deepsparse==1.8.0
 
 Every contender is a process that loads its model once and then waits. In every round each of them is told to run for a
@@ -50,10 +50,10 @@ def transformers_model():
 
 
 def eager(path, engine, threads):
-    """transformers in float32, dense."""
+    """transformers, dense, in the type that `engine` names."""
     import torch
     torch.set_num_threads(threads)
-    model = transformers_model()
+    model = transformers_model().to(getattr(torch, engine))
 
     def run(batch):
         with torch.inference_mode():
@@ -67,6 +67,24 @@ def onnxruntime(path, engine, threads):
     options.intra_op_num_threads = threads
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(None, batch)
+
+
+def openvino(path, engine, threads):
+    """Compiled for each shape. engine: 'sparse' lets it keep weights packed that are half zeros, where it can."""
+    import openvino as runtime
+    core, compiled = runtime.Core(), {}
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+               **({"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.5} if engine == "sparse" else {})}
+
+    def run(batch):
+        shape = batch["input_ids"].shape
+        if shape not in compiled:
+            model = core.read_model(path)
+            model.reshape({name: list(shape) for name in NAMES})
+            compiled.clear()
+            compiled[shape] = core.compile_model(model, "CPU", options)
+        compiled[shape](batch)
+    return run
 
 
 def deepsparse(path, engine, threads):
@@ -87,7 +105,10 @@ def deepsparse(path, engine, threads):
 
 
 def export(folder):
-    """Write dense.onnx, dense-int8.onnx and the pruned models; run in the peers' environment."""
+    """Write dense.onnx, dense-int8.onnx, the pruned models and two INT8 ones of OpenVINO; run in the peers'
+    environment."""
+    import nncf
+    import openvino
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from transformers import BertConfig, BertForSequenceClassification
@@ -106,6 +127,12 @@ def export(folder):
                           opset_version=14, dynamo=False)
     quantize_dynamic(str(folder / "dense.onnx"), str(folder / "dense-int8.onnx"), weight_type=QuantType.QInt8,
                      per_channel=True)
+    rows = [dict(zip(NAMES, (ids.numpy(), torch.ones_like(ids).numpy(), torch.zeros_like(ids).numpy())))
+            for ids in torch.randint(0, 30000, (8, 1, 128))]
+    for name in ("dense", "unstructured-0.9"):
+        model = nncf.quantize(openvino.convert_model(folder / f"{name}.onnx"), nncf.Dataset(rows),
+                              model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
+        openvino.save_model(model, folder / f"{name}-int8.xml")
 
 
 def work(contender, path, engine, threads):
@@ -176,6 +203,8 @@ def random_model(settings, preset, sparsity, pattern, plain=False):
 
 def base(settings):
     """BERT-Base, 128 tokens, 2 threads: all contenders."""
+    sys.path.insert(0, str(HOME))
+    from formats.machine import has_bf16
     model = partial(random_model, settings, "bert-base")
     workers = {"native, 1x4 80 %": start("ours", model(0.8, "1x4", plain=True), "native"),
                "native, 4x1 80 %": start("ours", model(0.8, "4x1"), "native"),
@@ -185,13 +214,17 @@ def base(settings):
                "torch fp32": start("ours", model(0.8, "1x4"), "fp32")}
     folder = settings.work / "onnx"
     if settings.peers:
-        if not (folder / "dense-int8.onnx").is_file():
+        if not (folder / "unstructured-0.9-int8.xml").is_file():
             folder.mkdir(exist_ok=True)
             subprocess.run([settings.peers, "-W", "ignore", __file__, "--export", str(folder)], check=True)
         peer = partial(start, python=settings.peers)
-        workers |= {"torch eager fp32 (transformers)": peer("eager"),
+        fast = {"torch eager bf16 (transformers)": peer("eager", engine="bfloat16")} if has_bf16("cpu") else {}
+        workers |= {"torch eager fp32 (transformers)": peer("eager", engine="float32"), **fast,
                     "ONNX Runtime fp32": peer("onnxruntime", folder / "dense.onnx"),
-                    "ONNX Runtime dynamic int8": peer("onnxruntime", folder / "dense-int8.onnx")}
+                    "ONNX Runtime dynamic int8": peer("onnxruntime", folder / "dense-int8.onnx"),
+                    "OpenVINO int8": peer("openvino", folder / "dense-int8.xml"),
+                    "OpenVINO int8, unstructured 90 %": peer("openvino", folder / "unstructured-0.9-int8.xml",
+                                                             "sparse")}
     if settings.deepsparse and (folder / "dense.onnx").is_file():
         peer = partial(start, "deepsparse", python=settings.deepsparse)
         workers |= {f"DeepSparse fp32, {name}": peer(folder / f"{name}.onnx") for name in ("dense", *SPARSE)}
@@ -324,7 +357,7 @@ PARTS = (base, models, lengths, threads, layers, packed, startup)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[part.__name__ for part in PARTS], help="only this one")
-    parser.add_argument("--peers", help="python with torch, transformers, onnx and onnxruntime")
+    parser.add_argument("--peers", help="python with torch, transformers, onnx, onnxruntime, openvino, nncf")
     parser.add_argument("--deepsparse", help="python with deepsparse")
     parser.add_argument("--data", type=Path, help="the task folders, for part packed")
     parser.add_argument("--tokenizer", type=Path, help="a model directory with a BERT vocabulary")
