@@ -17,7 +17,7 @@ import infer_cpu
 import model as network
 import prune
 import train
-from bench import benchmark, measure_spread, measure_tiny
+from bench import benchmark, measure_sparsities, measure_spread, measure_tiny
 from data import text, tiny
 from formats import model_directory, report
 
@@ -27,7 +27,8 @@ FILES = {"TEXT_DIR": "text", "TASKS_DIR": "world", "LINES.txt": "lines.txt", "MO
          "Intel/bert-base-uncased-sparse-90-unstructured-pruneofa": "sparse"}
 LESS = {"train.py": ["--steps", "6", "--batch-size", "4", "--max-len", "64", "--threads", "1"],
         "bench.measure_tiny": ["--seeds", "0", "--json", "tiny.json"],
-        "bench.measure_spread": ["--models", "1", "--seeds", "0", "--json", "spread.json"]}
+        "bench.measure_spread": ["--models", "1", "--seeds", "0", "--json", "spread.json"],
+        "bench.measure_sparsities": ["--seeds", "0", "--tasks", "qqp", "--json", "sparsities.json"]}
 LESS |= dict.fromkeys(("bench.memory", "bench.step_time"), LESS["train.py"])
 
 # Commands that are not typed here: why, and where a small form of them is.
@@ -91,7 +92,7 @@ def newcomer(tmp_path, chain, monkeypatch):
         in_this_process(command) if command[0] == sys.executable else started(command, *rest, **options)))
     monkeypatch.setattr(benchmark, "medians_in_turn",
                         lambda engines, batch: infer_cpu.medians_in_turn(engines, batch, least=1, budget=0))
-    for module in (measure_tiny, measure_spread):
+    for module in (measure_tiny, measure_spread, measure_sparsities):
         monkeypatch.setattr(module, "run", lambda log, program, *arguments: call(program, arguments))
         monkeypatch.setattr(module, "ThreadPoolExecutor", OneAfterTheOther)
     return tmp_path
