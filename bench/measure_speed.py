@@ -374,13 +374,14 @@ def main():
         return work(contender, path, engine, int(count))
     sys.path.insert(0, str(HOME))
     from bench.benchmark import machine
+    from formats.run import versions
     settings.work.mkdir(parents=True, exist_ok=True)
     figures = json.loads(settings.json.read_text()) if settings.json.is_file() else {}
     for part in PARTS:
         if settings.part not in (None, part.__name__) or part.__name__ in figures and not settings.again:
             continue
         print(f"--- {part.__name__}", flush=True)
-        figures[part.__name__] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"),
+        figures[part.__name__] = {**versions(HOME), "machine": machine(), "date": time.strftime("%Y-%m-%d"),
                                   "rows": part(settings)}
         settings.json.write_text(json.dumps(figures, indent=1) + "\n")
 
