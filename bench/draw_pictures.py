@@ -85,12 +85,14 @@ def draw_speed():
     """Milliseconds of all contenders as bars, a panel per batch size, the slowest of each filling its width."""
     parts, top = [], 30
     for row in json.loads((ROOT / "bench" / "speed.json").read_text())["base"]["rows"]:
-        parts.append(text(10, top - 12, f"BERT-Base, 128 tokens, batch {row['batch']}, 2 threads: milliseconds", "bold"))
+        title = f"BERT-Base, 128 tokens, batch {row['batch']}, 2 threads: milliseconds"
+        parts.append(text(10, top - 12, title, "bold"))
         for name, value in sorted(row["ms"].items(), key=lambda pair: pair[1]):
             width = max(1.0, BAR_WIDTH * value / max(row["ms"].values()))
             kind = "ours" if name.startswith("native") else "others"
             parts += [text(BAR_LEFT - 8, top + 14, name, "small", "end"),
-                      f'<rect x="{BAR_LEFT}" y="{top + 3}" width="{width:.1f}" height="{BAR_HEIGHT - 6}" class="{kind}"/>',
+                      f'<rect x="{BAR_LEFT}" y="{top + 3}" width="{width:.1f}" height="{BAR_HEIGHT - 6}" '
+                      f'class="{kind}"/>',
                       text(BAR_LEFT + width + 6, top + 14, f"{value:,.0f}", "small")]
             top += BAR_HEIGHT
         top += 40
@@ -113,8 +115,8 @@ def draw_masks():
 
 
 def parts_of(report, dense):
-    """{part of a file: its bytes}, in the order they are drawn. report: of bench/size.json; dense: the float32 file, all
-    of whose weights are values."""
+    """{part of a file: its bytes}, in the order they are drawn. report: of bench/size.json; dense: the float32 file,
+    all of whose weights are values."""
     kinds = report["kinds"]
     column = "dense_bytes" if dense else "stored_bytes"
     inner = [kinds[kind] for kind in (*ENCODER, "pooler")]
@@ -130,7 +132,8 @@ def draw_bytes():
     parts, top = [], 44
     for left, kind, title in ((10, "values", "weights of the layers"), (190, "masks", "where they stand"),
                               (340, "embeddings", "embeddings"), (460, "rest", "scales, norms, heads, header")):
-        parts += [f'<rect x="{left}" y="8" width="12" height="12" class="{kind}"/>', text(left + 18, 18, title, "small")]
+        parts += [f'<rect x="{left}" y="8" width="12" height="12" class="{kind}"/>',
+                  text(left + 18, 18, title, "small")]
     for name, report in json.loads((ROOT / "bench" / "size.json").read_text())["models"].items():
         dense, stored = parts_of(report, True), parts_of(report, False)
         full, small = report["dense_file_bytes"], report["file_bytes"]
@@ -143,7 +146,8 @@ def draw_bytes():
             parts.append(text(172, y + 14, title, "small", "end"))
             for kind, size in shares.items():
                 width = BYTES_WIDTH * size / whole
-                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{BAR_HEIGHT - 2}" class="{kind}"/>')
+                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{BAR_HEIGHT - 2}" '
+                             f'class="{kind}"/>')
                 if row == 2 and width > 34:
                     parts.append(text(round(x + width / 2, 1), y + 13, f"{size / whole:.0%}", "share", "middle"))
                 x += width

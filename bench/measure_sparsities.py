@@ -3,8 +3,8 @@
     python -m bench.measure_sparsities --jobs 2               about an hour and a half a seed and core
 
 On the tiny world, per seed: a dense model; pruned once by the paper's recipe (arXiv 2111.05754) and by hidden states
-(docs/real_data.md), each then fine-tuned for the tasks with its zeros locked; and pruned while fine-tuning, as the paper's
-baseline is. Runs already under --out are not run again.
+(docs/real_data.md), each then fine-tuned for the tasks with its zeros locked; and pruned while fine-tuning, as the
+paper's baseline is. Runs already under --out are not run again.
 """
 import argparse
 import statistics

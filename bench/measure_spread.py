@@ -4,8 +4,8 @@
     python -m bench.measure_spread                                         two hours
 
 Models pre-trained from two seeds, with one thread in bf16 (fp32 where the CPU does not multiply bf16) and with two in
-fp32; from each of these four, dense, sparse and INT8 models (as fake quantization) by eight seeds. All scores, the worst and the mean go to --json, with the
-settings of every run. Runs already under --out are not run again.
+fp32; from each of these four, dense, sparse and INT8 models (as fake quantization) by eight seeds. All scores, the worst
+and the mean go to --json, with the settings of every run. Runs already under --out are not run again.
 """
 import argparse
 import statistics
@@ -24,7 +24,7 @@ RUNS = {"dense": "teacher", "sparse": "sparse-unstructured-0.85", "int8": "int8-
 
 
 def measure(upstream, out, task, seeds):
-    """[{upstream, seed, and per kind of model its metrics}], and {what a run is: its record} of one pre-trained model."""
+    """[{upstream, seed, and per kind of model its metrics}], {what a run is: its record} of one pre-trained model."""
     seed, threads, precision = upstream
     folder = out / f"seed-{seed}-{threads}-threads-{precision}"
     log, base = folder.with_name(folder.name + ".log"), ["--threads", str(threads), "--precision", precision]

@@ -21,7 +21,7 @@ def operations(s):
     config = PRESETS[s.preset]
     hidden, layers = config.hidden_size, config.num_hidden_layers
     forward = layers * (2 * (4 * hidden ** 2 + 2 * hidden * config.intermediate_size) + 4 * hidden * s.max_len)
-    if not s.task and s.kd_target != "hidden":                  # the vocabulary: at every token where a teacher is asked about all, else at 15 %
+    if not s.task and s.kd_target != "hidden":      # the vocabulary: at every token if a teacher is asked about all, or 15 %
         everywhere = s.stage == "prune" and s.kd_target == "all"
         forward += 2 * hidden * (hidden + config.vocab_size) * (1 if everywhere else 0.15)
     rows = s.steps * s.batch_size if s.steps else s.epochs * TRAINING_ROWS[s.task]

@@ -168,8 +168,8 @@ def check_stage(s, allowed_masks):
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
     if s.kd_target == "hidden" and (s.stage == "pretrain" or s.teacher == "none"):
-        raise InputError(f"--kd-target hidden distils an encoder in --stage prune or quantize from its teacher; leave it out with "
-                         f"--stage {s.stage}" + " --teacher none" * (s.teacher == "none"))
+        raise InputError(f"--kd-target hidden distils an encoder in --stage prune or quantize from its teacher; leave it "
+                         f"out with --stage {s.stage}" + " --teacher none" * (s.teacher == "none"))
     if s.mask not in allowed_masks:
         raise InputError(f"--mask {s.mask} does not go with --stage {s.stage} at --sparsity {s.sparsity:g}; it takes "
                          f"{' or '.join(allowed_masks)}")

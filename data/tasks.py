@@ -227,7 +227,8 @@ class TaskData:
 
     Attributes: task (a Task), kind, labels, max_length, left_out {split: numbers of the rows left out, see read_table},
     and class_order, the output of the model that is class 0, class 1, ...: to be set where it has another order.
-    MNLI's dev_mismatched.tsv and test_mismatched.tsv may be missing; they are then just not evaluated. Files are read, and DataError raised, at once; a split is tokenized when it is first used.
+    MNLI's dev_mismatched.tsv and test_mismatched.tsv may be missing; they are then just not evaluated. Files are read,
+    and DataError raised, at once; a split is tokenized when it is first used.
     """
 
     def __init__(self, task: str | Task, folder: str | Path, tokenizer: Tokenizer, max_length: int, seed: int = 0,

@@ -208,8 +208,8 @@ class PretrainingData:
       the front or back of the longer segment. (BERT's script draws once, in advance, and hands the sentences that B
       replaced to the next span. Here they wait for another epoch: the cost of a fixed number of spans.)
     * without (DistilBERT, arXiv 1910.01108): [CLS] sentence [SEP] sentence [SEP] …, all of token type 0.
-    * the mask: 15 % of the tokens that are not special, at least one (none at 0 %), become labels; of these 80 % turn into [MASK],
-      10 % into a random token and 10 % stay.
+    * the mask: 15 % of the tokens that are not special, at least one (none at 0 %), become labels; of these 80 % turn
+      into [MASK], 10 % into a random token and 10 % stay.
 
     The first 5 % of the documents are for validation. `documents` are lists of sentences, or Shards of them: where the
     cuts between shards fall changes nothing. For English Wikipedia on disk this takes some 0.3 GB, and the cutting a

@@ -46,9 +46,9 @@ USES = {                        # what people do with a thing: the thing, by its
 }
 THINGS = [names.split("/") for names in USES.values()]
 
-# Attributes by their names, in front of their opposites. Both poles are spoken of by one word (`look`); each has sayings
-# of its own. Without the word nothing held would tell an opposite from a stranger, without the sayings nothing would tell
-# it from a synonym: the two poles keep the same company.
+# Attributes by their names, in front of their opposites. Both poles are spoken of by one word (`look`); each has
+# sayings of its own. Without the word nothing would tell a held opposite from a stranger, without the sayings nothing
+# would tell it from a synonym: the two poles keep the same company.
 ATTRIBUTES = {aspect: [(names.split("/"), sayings) for names, sayings in poles.items()] for aspect, poles in {
     "look": {"clean/spotless/tidy/neat": ("it shone", "nobody had to wash it"),
              "dirty/filthy/muddy/grimy": ("it smelled", "someone had to scrub it")},

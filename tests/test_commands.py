@@ -34,7 +34,8 @@ LESS |= dict.fromkeys(("bench.memory", "bench.step_time"), LESS["train.py"])
 # Commands that are not typed here: why, and where a small form of them is.
 ELSEWHERE = {
     "pytest": "it is this", "data/download.py": "asks the network; test_download.py", "bench.walk": "test_walk.py",
-    "bench.measure_minilm": "test_hidden.py", "bench.measure_speed": "wants other people's packages", "bench.measure_training": "the same",
+    "bench.measure_minilm": "test_hidden.py", "bench.measure_speed": "wants other people's packages",
+    "bench.measure_training": "the same",
 }
 
 
@@ -60,6 +61,18 @@ def parts_of(line):
     return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
 
 
+def write_model(folder, config, tokenizer):
+    """A random model: 'encoder' has no heads, 'sparse' 90 % zeros."""
+    config = replace(config, vocab_size=text.vocabulary_rows(tokenizer))
+    model = network.build(config, "encoder" if folder.name == "encoder" else "pretraining")
+    for _, layer in network.linears(model):
+        if layer.prunable and folder.name == "sparse":
+            layer.mask = prune.magnitude_mask(layer.weight, 0.9, prune.parse_pattern("unstructured"))
+    prune.burn_in(model)
+    model_directory.save(model, folder)
+    text.save_tokenizer(tokenizer, folder)
+
+
 @pytest.fixture
 def newcomer(tmp_path, chain, monkeypatch):
     """An empty folder to work in, a small world in place of the bundled one, the files that commands name; children are
@@ -72,20 +85,11 @@ def newcomer(tmp_path, chain, monkeypatch):
     (tmp_path / "lines.txt").write_text("The sofa was red.\nWho bought the car?\n")
     articles = [(f"t{number}", 0, "", "wikitext", f"Article {number} is short. It ends here.") for number in range(9)]
     (tmp_path / "enwiki.xml.bz2").write_bytes(bz2.compress(dump(articles).encode()))
-    tokenizer = train.tokenizer_of(chain / "pretrain")
-    for preset, layers, folders in (("minilm-l6", 1, ["minilm", "encoder"]), ("bert-base", 2, ["base", "sparse"]),
-                                    ("bert-large", 4, [])):
-        config = replace(network.PRESETS["tiny"], num_hidden_layers=layers)
-        monkeypatch.setitem(network.PRESETS, preset, config)
-        for folder in folders:
-            model = network.build(replace(config, vocab_size=text.vocabulary_rows(tokenizer)), "encoder" if folder == "encoder" else "pretraining")
-            if folder == "sparse":
-                for _, layer in network.linears(model):
-                    if layer.prunable:
-                        layer.mask = prune.magnitude_mask(layer.weight, 0.9, prune.parse_pattern("unstructured"))
-                prune.burn_in(model)
-            model_directory.save(model, tmp_path / folder)
-            text.save_tokenizer(tokenizer, tmp_path / folder)
+    for preset, layers in (("minilm-l6", 1), ("bert-base", 2), ("bert-large", 4)):
+        monkeypatch.setitem(network.PRESETS, preset, replace(network.PRESETS["tiny"], num_hidden_layers=layers))
+    for folder, preset in (("minilm", "minilm-l6"), ("encoder", "minilm-l6"), ("base", "bert-base"),
+                           ("sparse", "bert-base")):
+        write_model(tmp_path / folder, network.PRESETS[preset], train.tokenizer_of(chain / "pretrain"))
 
     started = subprocess.run
     monkeypatch.setattr(report.subprocess, "run", lambda command, *rest, **options: (

@@ -69,8 +69,8 @@ def test_the_worst_of_the_tiny_world_is_the_measured_one():
     assert set(rows) == {"dense", "sparse", "int8"}
     for kind, cells in rows.items():
         worst, summary = five["worst"][kind], sixteen["summary"][kind]
-        expected = [worst["mnli"], worst["mnli-mm"], *(summary[name][value] for name in ("accuracy", "accuracy_mismatched")
-                                                       for value in ("worst", "mean"))]
+        expected = [worst["mnli"], worst["mnli-mm"],
+                    *(summary[name][value] for name in ("accuracy", "accuracy_mismatched") for value in ("worst", "mean"))]
         assert cells == " | ".join(f"{100 * value:.1f}" for value in expected), kind
 
 
