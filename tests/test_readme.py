@@ -62,6 +62,18 @@ def test_tiny_numbers_are_the_measured_ones():
         assert printed == measured, column
 
 
+def test_the_worst_of_the_tiny_world_is_the_measured_one():
+    """The table of luck against bench/tiny.json and bench/spread.json."""
+    five, sixteen = (json.loads((ROOT / "bench" / name).read_text()) for name in ("tiny.json", "spread.json"))
+    rows = dict(re.findall(r"^\| <!-- luck (\w+) -->[^|]*\| (.*) \|$", PAGES[ROOT / "docs" / "tiny_world.md"], re.M))
+    assert set(rows) == {"dense", "sparse", "int8"}
+    for kind, cells in rows.items():
+        worst, summary = five["worst"][kind], sixteen["summary"][kind]
+        expected = [worst["mnli"], worst["mnli-mm"],
+                    *(summary[name][value] for name in ("accuracy", "accuracy_mismatched") for value in ("worst", "mean"))]
+        assert cells == " | ".join(f"{100 * value:.1f}" for value in expected), kind
+
+
 def test_the_first_table_is_what_the_first_command_printed():
     runs = json.loads((ROOT / "bench" / "quick_start.json").read_text())
     rows = dict(re.findall(r"^\| <!-- seed (\w+) -->[^|]*\| (.*) \|$", FRONT, re.M))

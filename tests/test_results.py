@@ -10,6 +10,7 @@ import train
 from bench import collect_runs, measure_tiny
 from data.tasks import TASKS
 
+FILES = ("tiny.json", "spread.json")
 CHOSEN = ("stage", "task", "sparsity", "threads", "seed")          # what a command line says; a recipe the rest
 
 
@@ -40,6 +41,32 @@ def test_the_quick_start_names_its_commit_and_todays_settings():
             complete({key: value for key, value in settings.items() if key != name})
         with pytest.raises(AssertionError):
             complete({**settings, name: 0.123})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_tiny_worlds_files_name_their_commit_and_todays_settings(name):
+    content = read(name)
+    assert re.fullmatch("[0-9a-f]{40}", content["git_commit"])
+    assert content["processor"] and content["torch"] and content["command"].startswith("python -m bench.")
+    assert len(content["settings"]) >= 5
+    for settings in content["settings"].values():
+        complete(settings)
+
+
+def test_luck_is_small_on_the_tiny_world():
+    """Of every seed and of every fine-tuning: no task falls through, and INT8 follows its dense model."""
+    rows, seeds = read("spread.json")["runs"], read("tiny.json")["seeds"]
+    models = {tuple(row["upstream"]) for row in rows}
+    assert len({(*row["upstream"], row["seed"]) for row in rows}) == len(rows) == 8 * len(models) >= 16
+    assert min(row["dense"]["accuracy"] for row in rows) > 0.88
+    assert max(row["dense"]["accuracy"] - row["int8"]["accuracy"] for row in rows) < 0.04
+    assert len(seeds) >= 5
+    for seed in seeds.values():
+        assert seed["dense"]["mnli"] > 0.88 and seed["dense"]["mnli"] - seed["int8"]["mnli"] < 0.04
+        assert min(seed[kind][task] for kind in ("dense", "sparse", "int8") for task in measure_tiny.TASKS) >= 0.99
+    for kind, named in read("spread.json")["summary"].items():
+        for name, value in named.items():
+            assert value["worst"] == min(row[kind][name] for row in rows)
 
 
 def test_figures_of_two_machines_or_settings_make_no_table():
