@@ -244,7 +244,7 @@ def test_what_another_run_finished_meanwhile_is_kept(chain, tmp_path):
 
 # ---------------------------------------------------------------- settings of a finished run
 
-@pytest.mark.parametrize("flag, value, said", [("--seed", "5", "--seed 0"), ("--lr", "0.5", "--lr 0.003"),
+@pytest.mark.parametrize("flag, value, said", [("--seed", "5", "--seed 0"), ("--lr", "0.5", "--lr 0.002"),
                                                ("--steps", "13", "--steps 12"), ("--max-len", "40", "--max-len 48")])
 def test_a_finished_run_is_kept_for_the_same_settings_only(flag, value, said, world, chain, tmp_path, capsys):
     shutil.copytree(chain / "pretrain", tmp_path / "pretrain")
