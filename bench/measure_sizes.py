@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = (("bert-large", 0.9, "unstructured"), ("bert-base", 0.85, "unstructured"), ("bert-base", 0.8, "1x4"))
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "size.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     models = {f"{preset} {sparsity:.0%} {pattern}":
               run_size(SimpleNamespace(random=preset, sparsity=sparsity, pattern=pattern))
               for preset, sparsity, pattern in MODELS}

@@ -9,11 +9,10 @@ paper's baseline is. Runs already under --out are not run again.
 import argparse
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.collect_runs import common, record, shared_settings
-from bench.measure_tiny import ROOT, SCORES, run
+from bench.measure_tiny import ROOT, SCORES, in_parallel, run
 from formats.files import write_json
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -61,9 +60,8 @@ def main(arguments=None):
     typed = sys.argv[1:] if arguments is None else arguments
     arguments = parser.parse_args(typed)
     names, tasks = arguments.seeds.split(","), arguments.tasks.split(",")
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        measured = list(pool.map(lambda seed: measure_seed(int(seed), (arguments.out / f"seed-{seed}").resolve(),
-                                                           tasks, arguments.threads), names))
+    measured = in_parallel(arguments.jobs, lambda seed: measure_seed(
+        int(seed), (arguments.out / f"seed-{seed}").resolve(), tasks, arguments.threads), names)
     records = [pair for _, found in measured for pair in sorted(found.items())]
     write_json(arguments.json, {
         "command": "python -m bench.measure_sparsities " + " ".join(typed),

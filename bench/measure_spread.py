@@ -10,11 +10,10 @@ and the mean go to --json, with the settings of every run. Runs already under --
 import argparse
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.collect_runs import PLACES, common, record, shared_settings
-from bench.measure_tiny import ROOT, run
+from bench.measure_tiny import ROOT, in_parallel, run
 from formats.files import write_json
 from formats.machine import has_bf16
 
@@ -56,9 +55,8 @@ def main(arguments=None):
     typed = sys.argv[1:] if arguments is None else arguments
     arguments = parser.parse_args(typed)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        measured = list(pool.map(lambda one: measure(one, arguments.out, arguments.task, seeds),
-                                 UPSTREAM[:arguments.models]))
+    measured = in_parallel(arguments.jobs, lambda one: measure(one, arguments.out, arguments.task, seeds),
+                           UPSTREAM[:arguments.models])
     rows, records = [row for part, _ in measured for row in part], [pair for _, part in measured
                                                                    for pair in part.items()]
     scores = {kind: {name: [row[kind][name] for row in rows] for name in rows[0][kind]} for kind in RUNS}

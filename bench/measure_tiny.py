@@ -34,6 +34,12 @@ def run(log, *arguments):
             raise SystemExit(f"{' '.join(arguments)} failed; see {log}")
 
 
+def in_parallel(jobs, function, items):
+    """[function(item), …], `jobs` at a time, for functions that wait for commands."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(function, items))
+
+
 def guessing(folder, name):
     """The better of two guesses that know nothing of the input: the commonest training label; for spans the commonest
     (start, length) in words of the training answers."""
@@ -103,9 +109,8 @@ def main(arguments=None):
     typed = sys.argv[1:] if arguments is None else arguments
     arguments = parser.parse_args(typed)
     names = arguments.seeds.split(",")
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        measured = list(pool.map(lambda seed: measure_seed(int(seed), arguments.out / f"seed-{seed}",
-                                                           arguments.sparsity, arguments.threads), names))
+    measured = in_parallel(arguments.jobs, lambda seed: measure_seed(
+        int(seed), arguments.out / f"seed-{seed}", arguments.sparsity, arguments.threads), names)
     seeds, records = {seed: result for seed, (result, _) in zip(names, measured)}, [found for _, found in measured]
     summary, worst = summarize(seeds)
     write_json(arguments.json, {
