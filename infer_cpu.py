@@ -9,15 +9,15 @@
     python infer_cpu.py MODEL_DIR --size                                              bytes, counted four ways
     python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   without training; --size too
 
-Every engine is the network of model.py with functions set into its slots: `Linear.kernel`, or for native
+Every engine is the network of model.py with functions set into its slots: `Linear.kernel`, or for native and tiles
 `Encoder.kernel`. Attention, layer norms, softmax and GELU are float32 for all.
 
     fp32     dense float32 weights, zeros included
     int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
     sparse   only the weights that live, in integers too: the same numbers as int8
     native   the same numbers by native/, compiled for this CPU on first use; padding is not computed
-    auto     the fastest of int8, sparse and (where there is a compiler) native for this model on this machine; fp32 for
-             a model that is not quantized
+    tiles    native on tile registers (AMX). Tested by emulation only so far, and so never chosen by auto
+    auto     the fastest of int8, sparse and (with a compiler) native for this model here; fp32 if it is not quantized
 """
 import contextlib
 import math
@@ -53,7 +53,7 @@ from native.weights import NativeError
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*are deprecated")
 
-ENGINES = ("fp32", "int8", "sparse", "native")
+ENGINES = ("fp32", "int8", "sparse", "native", "tiles")
 TILE = 32               # tokens per CSR product: a tile of 3072 inputs (384 KB) stays in the second-level cache
 
 
@@ -66,13 +66,12 @@ def onednn(packed):
     """Dense, oneDNN: int8 weights in its own layout. Uses VNNI and AMX where there are any."""
     out, columns = packed.shape
     weight = torch.ops.onednn.qlinear_prepack(quant.unpack(packed), None)
-    scale, zero_point = float(packed.input_scale), int(packed.input_zero_point)
-    weight_zero_points = torch.zeros(out, dtype=torch.int64)
+    scale, zero_point, zeros = float(packed.input_scale), int(packed.input_zero_point), torch.zeros(out).long()
 
     def product(x):
         q = quant.quantize_activation(x.reshape(-1, columns), packed.input_scale, zero_point, packed.bits)
-        y = torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, weight, packed.weight_scale, weight_zero_points,
-                                               packed.bias, 1.0, 0, torch.float32, "none", [], "")
+        y = torch.ops.onednn.qlinear_pointwise(q, scale, zero_point, weight, packed.weight_scale, zeros, packed.bias,
+                                               1.0, 0, torch.float32, "none", [], "")
         return y.view(*x.shape[:-1], out)
     return product, out * columns + 8 * out
 
@@ -232,9 +231,10 @@ def load(directory, engine="auto", threads=None, say=print):
     if engine == "fp32":
         return load_fp32(directory)
     if (directory / "int8.safetensors").is_file():
-        if engine == "native":
+        if engine in ("native", "tiles"):
             model, packed, metadata = read_int8(directory)
-            return native_engine(directory, model, packed, native_library(int(metadata["activation_bits"]), say))
+            library = native_library(int(metadata["activation_bits"]), say, tiles=engine == "tiles")
+            return native_engine(directory, model, packed, library)
         return load_auto(directory, say) if engine == "auto" else load_integer(directory, engine, say)
     if engine == "auto":
         say(f"engine fp32: {directory} is not quantized (it has no int8.safetensors)")
@@ -280,9 +280,9 @@ def load_integer(directory, name, say=print):
 
 
 def native_engine(directory, model, packed, library):
-    """Engine native of what read_int8 returns. InputError if the model has sizes that it does not take."""
+    """Engine native or tiles of what read_int8 returns. InputError if the model has sizes that it does not take."""
     layout, native_bytes = take_over(model, packed, library)
-    return Engine(directory, "native", model, layout, unpacked_bytes(model) + native_bytes,
+    return Engine(directory, "tiles" if library.tiles else "native", model, layout, unpacked_bytes(model) + native_bytes,
                   (directory / "int8.safetensors").stat().st_size)
 
 

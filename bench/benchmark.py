@@ -97,8 +97,9 @@ def benchmark(settings, directory):
             print(f"{engine.name:<10}{row['ms']:>12.2f}  {row['sequences_per_second']:>11.1f}  {ratio:>6}  "
                   f"{row['disk_mb']:>7.1f}  {row['memory_mb']:>9.1f}")
         print("\n".join(verdicts(times)))
-        if engines[-1].name == "native":
-            report["rows"][-1]["parts"] = where_time_goes(engines[-1], random_batch(config, batch_size, length))
+        for engine, row in zip(engines, report["rows"][-len(engines):]):
+            if engine.name in ("native", "tiles"):
+                row["parts"] = where_time_goes(engine, random_batch(config, batch_size, length))
     print()
     for engine in engines:
         print(f"{engine.name}: {engine.layout}")
@@ -108,7 +109,7 @@ def benchmark(settings, directory):
 
 
 def where_time_goes(engine, batch):
-    """Prints the parts of engine native: {part: (ms, share, G operations/s, the same by the kernel at its best)}.
+    """Prints the parts of engine native or tiles: {part: (ms, share, G operations/s, the same by the kernel at its best)}.
 
     Operations are a multiplication and an addition per weight that lives and token; in attention, in float32, per pair
     of tokens and feature, for scores and for values. At its best, a kernel finds its activations in the first cache
@@ -132,7 +133,7 @@ def where_time_goes(engine, batch):
     times["heads, Python"] = max(statistics.median(whole) - sum(times.values()), 0.0)
     parts, ceilings = {}, {form: ceiling(encoder.library, form) for form in
                            {weights.form for layer in encoder.weights for weights in layer}}
-    print("native, part              ms   share  G operations/s  at best")
+    print(f"{engine.name + ', part':<20}      ms   share  G operations/s  at best")
     for part, value in times.items():
         rate = operations.get(part, 0) / value / 1e9 if value else 0.0
         best = ceilings[encoder.weights[0][products.index(part)].form] if part in products else 0.0

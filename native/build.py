@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 import quant
 from native.engine import Norm
-from native.weights import (FORMS, INTEGER, POINTER, SCATTERED, SMALL, STRIPES, WORDS, NativeError, from_tiles,
-                            instructions, native_linear, native_weights, to_tiles)
+from native.weights import (FORMS, GATHERED_TILES, INTEGER, POINTER, SCATTERED, SMALL, STRIPES, WHOLE_TILES, WORDS,
+                            NativeError, from_tiles, instructions, native_linear, native_weights, to_tiles)
 
 try:
     import pwd
@@ -24,7 +24,7 @@ except ImportError:         # Windows: HOME or XDG_CACHE_HOME says where the cac
     pwd = None
 
 HOME = Path(__file__).resolve().parent
-SOURCES = ("vectors.h", "products.h", "encoder.cpp")        # the last one is compiled, and includes the others
+SOURCES = ("vectors.h", "tiles.h", "products.h", "encoder.cpp")         # the last one is compiled, and includes the others
 SIGNATURES = {
     "linear": [POINTER, INTEGER, POINTER, POINTER, POINTER, POINTER],
     "quantize": [INTEGER, POINTER, POINTER, POINTER],
@@ -119,6 +119,7 @@ def open_native(path):
         getattr(library, name).argtypes, getattr(library, name).restype = types, None
     library.instructions.restype = ctypes.c_char_p
     library.portable = 0                                            # 1: use the plain C++ in it
+    library.tiles = 0                                               # 1: lay weights out for tile registers
     return library
 
 
@@ -130,8 +131,9 @@ def processor():
     return [platform.processor() or platform.machine()]
 
 
-def native_library(bits, say):
-    """The library for this CPU and activations of so many bits, from the cache or compiled now, and checked.
+def native_library(bits, say, tiles=False):
+    """The library for this CPU and activations of so many bits, from the cache or compiled now, and checked. tiles: to
+    use tile registers.
 
     A cached file's name is the hash of all that it was made from, and that of its content. Without a usable cache, the
     library is compiled anew in a temporary folder. Raises NativeError, one sentence, where the engine cannot be had;
@@ -148,7 +150,22 @@ def native_library(bits, say):
                               f"one in XDG_CACHE_HOME or TMPDIR") from None
     check_sums(library, bits, say)
     check_floats(library)
+    if tiles:
+        use_tiles(library, bits, say)
     return library
+
+
+def use_tiles(library, bits, say):
+    """Ask the system for tile registers, and check their products; if they are wrong, the vectors stay in use and `say`
+    is told. NativeError if there are none, or none for us."""
+    error = library.request_tiles()
+    if error:
+        reason = os.strerror(error) if error > 0 else f"{instructions(library)} is what this CPU and its compiler know"
+        raise NativeError(f"engine tiles needs tile registers (AMX), and there are none: {reason}; use engine native")
+    wrong = wrong_forms(library, bits, (WHOLE_TILES, GATHERED_TILES))
+    library.tiles = int(not wrong)
+    if wrong:
+        say(f"engine tiles: tile registers give wrong sums here ({', '.join(wrong)}) and are not used")
 
 
 def made_from(bits):
@@ -184,8 +201,18 @@ def library_from_cache(name, options, say):
 
 
 def check_sums(library, bits, say):
-    """The products in all three forms, on random and extreme levels, against the oracle. Where the instructions for
-    this CPU are wrong, plain C++ takes their place, and `say` is told; NativeError if that is wrong too."""
+    """The products of vectors against the oracle. Where the instructions for this CPU are wrong, plain C++ takes their
+    place, and `say` is told; NativeError if that is wrong too."""
+    for library.portable in (0, 1):
+        wrong = wrong_forms(library, bits, (WORDS, STRIPES, SCATTERED))
+        if not wrong:
+            return
+        say(f"engine native: {instructions(library)} gives wrong sums here ({', '.join(wrong)}) and is not used")
+    raise NativeError("engine native gives wrong sums on this machine; use another engine")
+
+
+def wrong_forms(library, bits, forms):
+    """The names of those forms whose products, on random and extreme levels, are not the oracle's."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (104, 900), generator=generator, dtype=torch.int8)
     weight *= torch.rand(weight.shape, generator=generator) > 0.6
@@ -195,13 +222,7 @@ def check_sums(library, bits, say):
     levels[0], levels[1] = 2 ** bits - 1, 0
     x = (levels - layer.input_zero_point).float()
     expected = quant.integer_forward(x, layer)
-    for library.portable in (0, 1):
-        wrong = [FORMS[form] for form in (WORDS, STRIPES, SCATTERED)
-                 if not torch.equal(native_linear(library, layer, form)[0](x), expected)]
-        if not wrong:
-            return
-        say(f"engine native: {instructions(library)} gives wrong sums here ({', '.join(wrong)}) and is not used")
-    raise NativeError("engine native gives wrong sums on this machine; use another engine")
+    return [FORMS[form] for form in forms if not torch.equal(native_linear(library, layer, form)[0](x), expected)]
 
 
 def check_floats(library):

@@ -1,4 +1,4 @@
-// Embeddings, layer norm, attention, and the whole encoder made of them and of products.h: last of three files, the one
+// Embeddings, layer norm, attention, and the whole encoder made of them and of products.h: last of four files, the one
 // that build.py compiles. Activations lie in tiles, as vectors.h draws them.
 #include "products.h"
 
@@ -205,8 +205,16 @@ static void one_head(const Weights &w, int64_t head, int64_t tokens, const uint8
     if (scratch.size() < needed) scratch.resize(needed);
     float *y = (float *)scratch.data(), *query = y + 3 * D * whole, *score = query + D * QUERIES;
     double begun = omp_get_wtime();
+#if defined(TILES)
+    if (on_tiles(w))
+        for (int64_t row = 0; row < 3 * D; row += D) {              // query, key, value
+            int64_t first = (row / D * heads + head) * D;
+            on_registers<M>(w, nullptr, tokens, first, first + D, q, y + row * T, 3 * D * T, nullptr);
+        }
+    else
+#endif
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)
-        for (int64_t row = 0, size; row < 3 * D; row += size) {     // query, key, value
+        for (int64_t row = 0, size; row < 3 * D; row += size) {
             size = std::min<int64_t>(OUTPUTS, D - row % D);
             int64_t first = (row / D * heads + head) * D + row % D;
             on_tile<M>(w, nullptr, tokens, tile, first, first + size, q, y + (tile * 3 * D + row) * T, nullptr);
@@ -275,8 +283,8 @@ struct Encoder {
 enum Part { PRODUCTS, ATTENTION, ATTENTION_OUTPUT, INTERMEDIATE, OUTPUT, EMBEDDINGS, QUANTIZE, LAYER_NORM, PARTS };
 
 // Sequences are taken in groups of at most so many tokens, or of one longer sequence: what a step reads and writes then
-// fits the second cache (BERT-Base: less than 1 MB).
-constexpr int64_t GROUP = 128;
+// fits the second cache (BERT-Base: less than 1 MB). On tile registers expanding the weights is shared by the tokens.
+constexpr int64_t GROUP = 128, GROUP_ON_TILES = 512;
 
 struct Clock {
     double *seconds, begun = omp_get_wtime();
@@ -338,9 +346,10 @@ static void encode_group(const Encoder &e, int64_t sequences, const int64_t *sta
 extern "C" void encode(const Encoder *e, int64_t sequences, const int64_t *starts, const int64_t *ids, int32_t threads,
                        float *result, double *times) {
     omp_set_num_threads(threads);
+    const int64_t most = on_tiles(*e->layer[0].query_key_value) ? GROUP_ON_TILES : GROUP;
     std::vector<int64_t> groups = {0};                              // first sequence of each, and the end
     for (int64_t s = 1; s <= sequences; s++)
-        if (s == sequences || starts[s + 1] - starts[groups.back()] > GROUP) groups.push_back(s);
+        if (s == sequences || starts[s + 1] - starts[groups.back()] > most) groups.push_back(s);
     int64_t count = groups.size() - 1;
     double spent[PARTS] = {}, begun = omp_get_wtime();
     auto one = [&](int64_t g) {

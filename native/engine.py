@@ -115,6 +115,6 @@ def take_over(model, packed, library):
             layer.kernel, layer_bytes = native_linear(library, packed[name])
             size += layer_bytes
     size += sum(array.nbytes for each in weights for array in each.arrays)
-    numbers = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(3))
+    numbers = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(len(FORMS)))
     layout = ", ".join(f"{number} products in {form}" for number, form in numbers if number)
     return f"{layout} by {instructions(library)}", size

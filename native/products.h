@@ -1,26 +1,31 @@
-// A layer's weights, levels of activations, and the product of the two in three forms. Second of three files; the
-// layouts are drawn in vectors.h.
+// A layer's weights, levels of activations, and the product of the two in five forms. Third of four files; the layouts
+// are drawn in vectors.h and tiles.h.
 #pragma once
-#include "vectors.h"
+#include "tiles.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A layer as weights.py packs it. `outputs` and `inputs` are multiples of four.
 
-enum Form { WORDS, STRIPES, SCATTERED };
+enum Form { WORDS, STRIPES, SCATTERED, WHOLE_TILES, GATHERED_TILES };
 
 struct Weights {
     int64_t outputs, inputs, chunks;    // the inputs are taken in `chunks` ranges: one range of a tile stays in cache
     int32_t form, portable;             // portable: use the plain C++
     const int32_t *starts;              // (chunks * rows + 1,): first block of a row in a range; a row is an output, or
-                                        // for STRIPES four outputs, whose blocks come in fours
-    const uint16_t *columns;            // SCATTERED: the four inputs of each block; STRIPES: of each four blocks
+                                        // for STRIPES four outputs, whose blocks come in fours. Tiles: (2, rows + 1):
+                                        // first step, and first survivor, of SIDE outputs
+    const uint16_t *columns;            // SCATTERED: the four inputs of each block; STRIPES: of each four blocks;
+                                        // GATHERED_TILES: (steps, SIDE) rows of `words`
     const void *blocks;                 // int32, four int8 each; WORDS: uint64, these above the place of the block's
-                                        // row in a tile, in bytes
+                                        // row in a tile, in bytes; tiles: int8 survivors
+    const uint64_t *alive;              // tiles: (steps, SIDE), the survivors' places in a row of A
     const int32_t *sums;                // (outputs,) sum of the output's weights
     const float *scales, *bias;         // (outputs,) of the product, input scale included
     float reciprocal;                   // 1 / scale of the input
     int32_t zero_point, highest;        // of the input's levels
 };
+
+static inline bool on_tiles(const Weights &w) { return w.form >= WHOLE_TILES; }
 
 // 1.5 * 2^23: a float of that size has no bits for a fraction, so that adding it rounds, half to even.
 constexpr float ROUNDING = 12582912.0f;
@@ -38,7 +43,7 @@ template <class M>
 static inline void store_levels(uint8_t *q, int64_t feature, const ints value[4][4], const Weights &next) {
     bytes row[4];
     for (int i = 0; i < 4; i++) row[i] = M::narrow(value[i]);
-    if (next.form == WORDS) {
+    if (next.form == WORDS || on_tiles(next)) {
         const bytes *const four[4] = {row, row + 1, row + 2, row + 3};
         M::interleave(four, (ints *)(q + feature * T));
     } else
@@ -126,9 +131,25 @@ static inline floats scaled(const Weights &w, int64_t output, ints sum) {
     return __builtin_convertvector(sum, floats) * w.scales[output] + w.bias[output];
 }
 
-// The outputs first to last of one tile: into y, float32, which begins at output `first`; or with y null through GELU
-// into the `levels` of `next`, which begin at output 0. The two Weights are copies, so that the compiler knows that no
-// store changes them.
+// Four outputs of a tile, from `output` on, whose sums are complete: into y, float32; or with y null through GELU into
+// the `levels` of `next`, which begin at output 0.
+template <class M, int N>
+static inline void finish(const Weights &w, const Weights &next, int64_t output, const ints s[4][N], float *y,
+                          uint8_t *levels) {
+    if (y) {
+        for (int o = 0; o < 4; o++)
+            for (int v = 0; v < N; v++) *(floats *)(y + o * T + v * LANES) = scaled(w, output + o, s[o][v]);
+    } else {
+        ints value[4][4];
+        if (N < 4) std::memset(value, 0, sizeof(value));
+        for (int o = 0; o < 4; o++)
+            for (int v = 0; v < N; v++) value[o][v] = level(gelu(scaled(w, output + o, s[o][v])), next);
+        store_levels<M>(levels, output, value, next);
+    }
+}
+
+// The outputs first to last of one tile, into y, which begins at output `first`, or into `levels`, as `finish` has it.
+// The two Weights are copies, so that the compiler knows that no store changes them.
 template <class M, int N, int FORM>
 static void part_of_tile(const Weights w, const Weights next, int64_t first, int64_t last, const uint8_t *q, float *y,
                          uint8_t *levels) {
@@ -149,17 +170,8 @@ static void part_of_tile(const Weights w, const Weights next, int64_t first, int
             if (chunk < w.chunks - 1) {
                 for (int o = 0; o < 4; o++)
                     for (int v = 0; v < N; v++) kept[o][v] = s[o][v];
-            } else if (y) {
-                for (int o = 0; o < 4; o++)
-                    for (int v = 0; v < N; v++)
-                        *(floats *)(y + (output - first + o) * T + v * LANES) = scaled(w, output + o, s[o][v]);
-            } else {
-                ints value[4][4];
-                if (N < 4) std::memset(value, 0, sizeof(value));
-                for (int o = 0; o < 4; o++)
-                    for (int v = 0; v < N; v++) value[o][v] = level(gelu(scaled(w, output + o, s[o][v])), next);
-                store_levels<M>(levels, output, value, next);
-            }
+            } else
+                finish<M, N>(w, next, output, s, y ? y + (output - first) * T : nullptr, levels);
         }
 }
 
@@ -178,9 +190,81 @@ static void on_tile(const Weights &w, const Weights *next, int64_t tokens, int64
     function(w, next ? *next : w, first, last, q + tile * w.inputs * T, y, levels);
 }
 
+#if defined(TILES)
+// The outputs first to last of all tiles, on tile registers: into y, whose tiles are `pitch` apart and begin at output
+// `first`, or into `levels`. Their weights are expanded once.
+template <class M>
+static void on_registers(const Weights &w, const Weights *next, int64_t tokens, int64_t first, int64_t last,
+                         const uint8_t *q, float *y, int64_t pitch, uint8_t *levels) {
+    constexpr int GATHERED = 4;                                     // steps: 16 KB of B
+    thread_local std::vector<int8_t> expanded;
+    alignas(64) int32_t sums[2 * SIDE * T];
+    alignas(64) uint8_t b[GATHERED * SIDE * ROW] = {};
+    const int64_t begin = first / SIDE, end = (last + SIDE - 1) / SIDE, whole = w.inputs / STEP, rest = w.inputs % STEP;
+    const int32_t *starts = w.starts, *survivors = w.starts + (w.outputs + SIDE - 1) / SIDE + 1;
+    const int8_t *survivor = (const int8_t *)w.blocks + survivors[begin];
+    size_t needed = (size_t)(starts[end] - starts[begin]) * TILE_BYTES;
+    if (expanded.size() < needed) expanded.resize(needed);
+    for (int64_t row = (int64_t)starts[begin] * SIDE, to = 0; row < (int64_t)starts[end] * SIDE; row++, to += STEP) {
+        expand(w.alive[row], survivor, expanded.data() + to);
+        survivor += __builtin_popcountll(w.alive[row]);
+    }
+    Registers registers;
+    for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
+        const uint8_t *x = q + tile * w.inputs * T;
+        if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);      // what is left of b meets zeros
+        for (int64_t block = begin, blocks; block < end; block += blocks) {
+            const int8_t *a = expanded.data() + (starts[block] - starts[begin]) * (int64_t)TILE_BYTES;
+            const int64_t steps = starts[block + 1] - starts[block];
+            blocks = w.form == WHOLE_TILES && block + 1 < end ? 2 : 1;
+            written();
+            if (w.form == GATHERED_TILES) {
+                clear();
+                for (int64_t step = 0, count; step < steps; step += count) {
+                    count = std::min<int64_t>(GATHERED, steps - step);
+                    gather(x, w.columns + (starts[block] + step) * SIDE, count, b);
+                    one_by_four(a + step * TILE_BYTES, count, b);
+                }
+                store_one_by_four(sums);
+            } else if (blocks == 1) {
+                clear();
+                one_by_four(a, whole, x);
+                if (rest) one_by_four(a + whole * TILE_BYTES, 1, b);
+                store_one_by_four(sums);
+            } else
+                for (int half = 0; half < (used_vectors(tokens, tile) > 2 ? 2 : 1); half++) {
+                    clear();
+                    two_by_two(a, a + steps * TILE_BYTES, whole, x + half * ROW / 2);
+                    if (rest) two_by_two(a + whole * TILE_BYTES, a + (steps + whole) * TILE_BYTES, 1, b + half * ROW / 2);
+                    store_two_by_two(sums + half * T / 2);
+                }
+            for (int64_t output = std::max(first, block * SIDE); output < std::min(last, (block + blocks) * SIDE);
+                 output += 4) {
+                ints s[4][4];
+                for (int o = 0; o < 4; o++)
+                    for (int v = 0; v < 4; v++)
+                        s[o][v] = ((const ints *)(sums + (output - block * SIDE + o) * T))[v]
+                                  - w.zero_point * w.sums[output + o];
+                finish<M, 4>(w, next ? *next : w, output, s, y ? y + tile * pitch + (output - first) * T : nullptr,
+                             levels ? levels + tile * w.outputs * T : nullptr);
+            }
+        }
+    }
+}
+#endif
+
 template <class M>
 static void linear_on(const Weights &w, int64_t tokens, const uint8_t *q, float *y, uint8_t *levels,
                       const Weights *next) {
+#if defined(TILES)
+    if (on_tiles(w)) {
+#pragma omp parallel for schedule(dynamic, 1)
+        for (int64_t first = 0; first < w.outputs; first += 2 * SIDE)
+            on_registers<M>(w, next, tokens, first, std::min<int64_t>(w.outputs, first + 2 * SIDE), q,
+                            y ? y + first * T : nullptr, w.outputs * T, levels);
+        return;
+    }
+#endif
     int64_t parts = (w.outputs + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++)

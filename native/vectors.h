@@ -1,5 +1,6 @@
-// Sparse INT8 BERT on a CPU, first of three files: vector types, and what differs from CPU to CPU. Then products.h and
-// encoder.cpp, which build.py compiles on first use and calls through a plain C interface. OpenMP threads, torch's own.
+// Sparse INT8 BERT on a CPU, first of four files: vector types, and what differs from CPU to CPU. Then tiles.h,
+// products.h and encoder.cpp, which build.py compiles on first use and calls through a plain C interface. OpenMP
+// threads, torch's own.
 //
 // Activations lie in tiles of T tokens, tokens innermost, T being the bytes of a vector register (64 with AVX-512
 // VNNI, 32 with AVX2, 16 elsewhere). So every loop over tokens is a vector loop, and no sum is ever taken across a
@@ -37,7 +38,9 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(PORTABLE)
+#if defined(EMULATED)                   // tests/emulated_tiles.h takes the place of tile registers
+constexpr int T = 64;
+#elif defined(PORTABLE)
 constexpr int T = 16;
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr int T = 64;

@@ -1,6 +1,6 @@
 """Layers as the C++ reads them: tiles of activations, blocks of weights, and one product.
 
-The forms, which four weights make a block, are drawn in vectors.h.
+The forms, which four weights make a block, are drawn in vectors.h; those for tile registers in tiles.h.
 """
 import ctypes
 
@@ -11,9 +11,11 @@ import torch.nn.functional as F
 import quant
 from model import InputError
 
-WORDS, STRIPES, SCATTERED = range(3)        # which four weights make a block; drawn in vectors.h
-FORMS = ("words", "stripes", "scattered")
-COSTS = (1.0, 2.9, 1.4)                     # of a block, of four on one interleaving, of one on its own; by AVX-512
+WORDS, STRIPES, SCATTERED, WHOLE_TILES, GATHERED_TILES = range(5)      # drawn in vectors.h and tiles.h
+FORMS = ("words", "stripes", "scattered", "tiles", "gathered tiles")
+COSTS = (1.0, 2.9, 1.4,                     # of a block, of four on one interleaving, of one on its own; by AVX-512
+         1.0, 2.3)                          # of 64 inputs for 16 outputs, and of 64 that are gathered; by AMX
+SIDE, STEP = 16, 64                         # outputs and inputs of a tile register
 RANGE = 768                                 # inputs of a tile that are taken together: 48 KB with AVX-512, 24 with AVX2
 POINTER, INTEGER, SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -25,7 +27,7 @@ class NativeError(InputError):
 class Weights(ctypes.Structure):
     """struct Weights of products.h. `arrays` keeps alive what it points to; `nonzero`: weights of each output."""
     _fields_ = [("outputs", INTEGER), ("inputs", INTEGER), ("chunks", INTEGER), ("form", SMALL), ("portable", SMALL),
-                *((name, POINTER) for name in ("starts", "columns", "blocks", "sums", "scales", "bias")),
+                *((name, POINTER) for name in ("starts", "columns", "blocks", "alive", "sums", "scales", "bias")),
                 ("reciprocal", ctypes.c_float), ("zero_point", SMALL), ("highest", SMALL)]
 
 
@@ -57,25 +59,30 @@ def native_weights(library, layers, form=None):
     weight = torch.cat([quant.unpack(layer) for layer in layers])
     weight = F.pad(weight, (0, -weight.shape[1] % 4, 0, -weight.shape[0] % 4)).numpy()
     outputs, inputs = weight.shape
-    alive = weight != 0
-    blocks = [np.count_nonzero(weight.view(np.int32)), (alive.reshape(-1, 4, inputs).any(1).sum(1) + 3) // 4,
-              (alive.sum(1) + 3) // 4]
     if form is None:
-        form = min(range(3), key=lambda form: COSTS[form] * np.sum(blocks[form]))
+        form = cheapest(weight, (WHOLE_TILES, GATHERED_TILES) if library.tiles else (WORDS, STRIPES, SCATTERED))
     scale = torch.cat([layer.input_scale * layer.weight_scale for layer in layers])
-    arrays = [*block_arrays(weight, form, library.tokens_of_tile()), weight.sum(1, dtype=np.int32),
-              *(F.pad(vector, (0, outputs - len(vector))).numpy() for vector in
-                (scale, torch.cat([layer.bias for layer in layers])))]
+    arrays = [*(tile_arrays(weight, form) if form in (WHOLE_TILES, GATHERED_TILES) else
+                block_arrays(weight, form, library.tokens_of_tile())), weight.sum(1, dtype=np.int32), *(F.pad(vector, (0, outputs - len(vector))).numpy()
+                for vector in (scale, torch.cat([layer.bias for layer in layers])))]
     weights = Weights(outputs, inputs, -(-inputs // RANGE), form, library.portable,
                       *(array.ctypes.data for array in arrays), float(1.0 / layer.input_scale),
                       int(layer.input_zero_point), 2 ** layer.bits - 1)
-    weights.arrays, weights.nonzero = arrays, alive.sum(1)
+    weights.arrays, weights.nonzero = arrays, np.count_nonzero(weight, axis=1)
     return weights
 
 
+def cheapest(weight, forms):
+    """Of some forms the one in which an int8 (outputs, inputs) costs least, by COSTS."""
+    alive, living = weight != 0, living_groups(weight)[1]
+    counts = [np.count_nonzero(weight.view(np.int32)), (alive.reshape(-1, 4, weight.shape[1]).any(1).sum(1) + 3) // 4,
+              (alive.sum(1) + 3) // 4, living.size / SIDE, -(-living.sum(1) // SIDE)]
+    return min(forms, key=lambda form: COSTS[form] * np.sum(counts[form]))
+
+
 def block_arrays(weight, form, tile):
-    """int8 (outputs, inputs) -> (starts, columns, blocks), int32, uint16, int32, as products.h has them. tile: its
-    tokens. WORDS have no columns, and two numbers a block."""
+    """int8 (outputs, inputs) -> (starts, columns, blocks, nothing), int32, uint16, int32, as products.h has them. tile:
+    its tokens. WORDS have no columns, and two numbers a block."""
     starts, columns, blocks, total = [], [], [], 0
     for begin in range(0, weight.shape[1], RANGE):
         part, unit = np.ascontiguousarray(weight[:, begin:begin + RANGE]), 1
@@ -102,7 +109,38 @@ def block_arrays(weight, form, tile):
             values = np.stack([(4 * tile * column).astype(np.uint32).view(np.int32), values], axis=1).ravel()
         columns.append(column.astype(np.uint16) if form != WORDS else np.zeros(0, np.uint16))
         blocks.append(values)
-    return np.append(np.concatenate(starts), total).astype(np.int32), np.concatenate(columns), np.concatenate(blocks)
+    return (np.append(np.concatenate(starts), total).astype(np.int32), np.concatenate(columns), np.concatenate(blocks),
+            np.zeros(0, np.uint64))
+
+
+def tile_arrays(weight, form):
+    """int8 (outputs, inputs) -> (starts, columns, survivors, alive), int32, uint16, int8, uint64, as products.h has
+    them. Only GATHERED_TILES have columns."""
+    groups, living = living_groups(weight)
+    living |= form == WHOLE_TILES
+    steps = -(-living.sum(1) // SIDE)
+    registers = np.zeros((steps.sum(), SIDE, STEP // 4, 4), np.int8)
+    columns, starts = np.zeros((steps.sum(), STEP // 4), np.uint16), np.append(0, np.cumsum(steps))
+    for rows, live, begin, end in zip(groups, living, starts, starts[1:]):
+        column = np.flatnonzero(live)
+        columns[begin:end].reshape(-1)[:len(column)] = column           # what is left reads the first, and has no weight
+        part = np.zeros((SIDE, (end - begin) * STEP // 4, 4), np.int8)
+        part[:, :len(column)] = rows[:, column]
+        registers[begin:end] = part.reshape(SIDE, end - begin, STEP // 4, 4).swapaxes(0, 1)
+    registers = registers.reshape(-1, SIDE, STEP)
+    survivors = np.append(0, np.cumsum(np.count_nonzero(registers, axis=(1, 2))))[starts]
+    return (np.concatenate([starts, survivors]).astype(np.int32),
+            columns.ravel() if form == GATHERED_TILES else np.zeros(0, np.uint16),
+            np.append(registers[registers != 0], np.zeros(STEP, np.int8)),              # `expand` reads beyond its row
+            np.packbits(registers != 0, axis=2, bitorder="little").view(np.uint64).ravel())
+
+
+def living_groups(weight):
+    """int8 (outputs, inputs) -> (itself (blocks of SIDE outputs, SIDE, inputs / 4, 4), filled up with zeros to whole
+    registers; bool (blocks, inputs / 4): does any output of a block read these four?)"""
+    outputs, inputs = weight.shape
+    groups = np.pad(weight, ((0, -outputs % SIDE), (0, -inputs % STEP))).reshape(-(-outputs // SIDE), SIDE, -1, 4)
+    return groups, groups.any((1, 3))
 
 
 def native_linear(library, packed, form=None):
@@ -123,4 +161,4 @@ def native_linear(library, packed, form=None):
 
 
 def instructions(library):
-    return "plain C++" if library.portable else library.instructions().decode()
+    return "AMX" if library.tiles else "plain C++" if library.portable else library.instructions().decode()
