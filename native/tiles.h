@@ -42,6 +42,7 @@ static inline void written() { asm volatile("" ::: "memory"); }
 
 // B of so many steps for T tokens, [steps * SIDE][ROW], from the rows `columns` of `words`.
 static inline void gather(const uint8_t *q, const uint16_t *columns, int64_t steps, uint8_t *b) {
+    written();                          // nor that what was in b has been read by now
     for (int64_t row = 0; row < steps * SIDE; row++) std::memcpy(b + row * ROW, q + columns[row] * (int64_t)ROW, ROW);
     written();
 }
