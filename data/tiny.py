@@ -159,8 +159,8 @@ def corpus(r, rounds):
     """`rounds` times a few documents per thing, per attribute and per kind of review, in random order."""
     documents = []
     for _ in range(rounds):
-        documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 4]
-        documents += [attribute_document(r, aspect, pole) for aspect in list(ATTRIBUTES) * 3 for pole in (0, 1)]
+        documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 3]
+        documents += [attribute_document(r, aspect, pole) for aspect in list(ATTRIBUTES) * 4 for pole in (0, 1)]
         for _ in range(8):
             documents += [review_document(r, PRAISE, BLAME, True), review_document(r, BLAME, PRAISE, False)]
     return shuffled(r, documents)
