@@ -82,10 +82,11 @@ def draw_method():
 
 
 def draw_speed():
-    """Milliseconds of all contenders as bars, a panel per batch size, the slowest of each filling its width."""
+    """Milliseconds of all contenders as bars, a panel per CPU and batch size, the slowest of each filling its width."""
     parts, top = [], 30
-    for row in json.loads((ROOT / "bench" / "speed.json").read_text())["base"]["rows"]:
-        title = f"BERT-Base, 128 tokens, batch {row['batch']}, 2 threads: milliseconds"
+    for cpu, row in ((cpu, row) for cpu, measured in json.loads((ROOT / "bench" / "speed.json").read_text()).items()
+                     for row in measured["base"]["rows"]):
+        title = f"{cpu}: BERT-Base, 128 tokens, batch {row['batch']}, 2 threads: milliseconds"
         parts.append(text(10, top - 12, title, "bold"))
         for name, value in sorted(row["ms"].items(), key=lambda pair: pair[1]):
             width = max(1.0, BAR_WIDTH * value / max(row["ms"].values()))

@@ -10,7 +10,8 @@ The peers live in environments of their own, and each may be left out:
 
 Every contender is a process that loads its model once and then waits. In every round each of them is told to run for a
 moment while all others sleep, so that a busy moment of the machine hits all alike; what is kept is the median over the
-rounds. Weights are random, of the published shapes. A part that is in the file already is skipped (--again repeats it).
+rounds. Weights are random, of the published shapes. The file has a set of parts for each kind of CPU; a part that is in
+the set of this one already is skipped (--again repeats it).
 """
 import argparse
 import json
@@ -378,15 +379,20 @@ def main():
         return work(contender, path, engine, int(count))
     sys.path.insert(0, str(HOME))
     from bench.benchmark import machine
+    from formats.machine import default_activation_bits, processor_name
     from formats.run import versions
+    from native.build import native_library
+    from native.weights import instructions
     settings.work.mkdir(parents=True, exist_ok=True)
     figures = json.loads(settings.json.read_text()) if settings.json.is_file() else {}
+    cpu = f"{processor_name()}, {instructions(native_library(default_activation_bits(), print))}"
+    here = figures.setdefault(cpu, {})
     for part in PARTS:
-        if settings.part not in (None, part.__name__) or part.__name__ in figures and not settings.again:
+        if settings.part not in (None, part.__name__) or part.__name__ in here and not settings.again:
             continue
         print(f"--- {part.__name__}", flush=True)
-        figures[part.__name__] = {**versions(HOME), "machine": machine(), "date": time.strftime("%Y-%m-%d"),
-                                  "rows": part(settings)}
+        here[part.__name__] = {**versions(HOME), "machine": machine(), "date": time.strftime("%Y-%m-%d"),
+                               "rows": part(settings)}
         settings.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
