@@ -282,8 +282,8 @@ def load_integer(directory, name, say=print):
 def native_engine(directory, model, packed, library):
     """Engine native or tiles of what read_int8 returns. InputError if the model has sizes that it does not take."""
     layout, native_bytes = take_over(model, packed, library)
-    return Engine(directory, "tiles" if library.tiles else "native", model, layout, unpacked_bytes(model) + native_bytes,
-                  (directory / "int8.safetensors").stat().st_size)
+    return Engine(directory, "tiles" if library.tiles else "native", model, layout,
+                  unpacked_bytes(model) + native_bytes, (directory / "int8.safetensors").stat().st_size)
 
 
 def load_auto(directory, say=print):

@@ -109,7 +109,7 @@ def benchmark(settings, directory):
 
 
 def where_time_goes(engine, batch):
-    """Prints the parts of engine native or tiles: {part: (ms, share, G operations/s, the same by the kernel at its best)}.
+    """Prints the parts of engine native or tiles: {part: (ms, share, G operations/s, by the kernel at its best)}.
 
     Operations are a multiplication and an addition per weight that lives and token; in attention, in float32, per pair
     of tokens and feature, for scores and for values. At its best, a kernel finds its activations in the first cache

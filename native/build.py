@@ -24,7 +24,7 @@ except ImportError:         # Windows: HOME or XDG_CACHE_HOME says where the cac
     pwd = None
 
 HOME = Path(__file__).resolve().parent
-SOURCES = ("vectors.h", "tiles.h", "products.h", "encoder.cpp")         # the last one is compiled, and includes the others
+SOURCES = ("vectors.h", "tiles.h", "products.h", "encoder.cpp")     # the last one is compiled, and includes the others
 SIGNATURES = {
     "linear": [POINTER, INTEGER, POINTER, POINTER, POINTER, POINTER],
     "quantize": [INTEGER, POINTER, POINTER, POINTER],

@@ -212,7 +212,7 @@ static void on_registers(const Weights &w, const Weights *next, int64_t tokens, 
     Registers registers;
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
         const uint8_t *x = q + tile * w.inputs * T;
-        if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);      // what is left of b meets zeros
+        if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);       // the remaining rows of b meet zeros
         for (int64_t block = begin, blocks; block < end; block += blocks) {
             const int8_t *a = expanded.data() + (starts[block] - starts[begin]) * (int64_t)TILE_BYTES;
             const int64_t steps = starts[block + 1] - starts[block];
@@ -235,7 +235,8 @@ static void on_registers(const Weights &w, const Weights *next, int64_t tokens, 
                 for (int half = 0; half < (used_vectors(tokens, tile) > 2 ? 2 : 1); half++) {
                     clear();
                     two_by_two(a, a + steps * TILE_BYTES, whole, x + half * ROW / 2);
-                    if (rest) two_by_two(a + whole * TILE_BYTES, a + (steps + whole) * TILE_BYTES, 1, b + half * ROW / 2);
+                    if (rest)
+                        two_by_two(a + whole * TILE_BYTES, a + (steps + whole) * TILE_BYTES, 1, b + half * ROW / 2);
                     store_two_by_two(sums + half * T / 2);
                 }
             for (int64_t output = std::max(first, block * SIDE); output < std::min(last, (block + blocks) * SIDE);

@@ -60,11 +60,13 @@ def native_weights(library, layers, form=None):
     weight = F.pad(weight, (0, -weight.shape[1] % 4, 0, -weight.shape[0] % 4)).numpy()
     outputs, inputs = weight.shape
     if form is None:
-        form = cheapest(weight, (WHOLE_TILES, GATHERED_TILES) if library.tiles else (WORDS, STRIPES, SCATTERED))
+        forms = (WHOLE_TILES, GATHERED_TILES) if library.tiles else (WORDS, STRIPES, SCATTERED)
+        form = min(forms, key=lambda form: COSTS[form] * units(weight, form))
     scale = torch.cat([layer.input_scale * layer.weight_scale for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
     arrays = [*(tile_arrays(weight, form) if form in (WHOLE_TILES, GATHERED_TILES) else
-                block_arrays(weight, form, library.tokens_of_tile())), weight.sum(1, dtype=np.int32), *(F.pad(vector, (0, outputs - len(vector))).numpy()
-                for vector in (scale, torch.cat([layer.bias for layer in layers])))]
+                block_arrays(weight, form, library.tokens_of_tile())), weight.sum(1, dtype=np.int32),
+              *(F.pad(vector, (0, outputs - len(vector))).numpy() for vector in (scale, bias))]
     weights = Weights(outputs, inputs, -(-inputs // RANGE), form, library.portable,
                       *(array.ctypes.data for array in arrays), float(1.0 / layer.input_scale),
                       int(layer.input_zero_point), 2 ** layer.bits - 1)
@@ -72,12 +74,15 @@ def native_weights(library, layers, form=None):
     return weights
 
 
-def cheapest(weight, forms):
-    """Of some forms the one in which an int8 (outputs, inputs) costs least, by COSTS."""
-    alive, living = weight != 0, living_groups(weight)[1]
-    counts = [np.count_nonzero(weight.view(np.int32)), (alive.reshape(-1, 4, weight.shape[1]).any(1).sum(1) + 3) // 4,
-              (alive.sum(1) + 3) // 4, living.size / SIDE, -(-living.sum(1) // SIDE)]
-    return min(forms, key=lambda form: COSTS[form] * np.sum(counts[form]))
+def units(weight, form):
+    """How many of what COSTS prices an int8 (outputs, inputs) has in a form."""
+    if form == WORDS:
+        return np.count_nonzero(weight.view(np.int32))
+    if form in (STRIPES, SCATTERED):
+        rows = (weight.reshape(-1, 4 if form == STRIPES else 1, weight.shape[1]) != 0).any(1)
+        return np.sum((rows.sum(1) + 3) // 4)
+    living = living_groups(weight)[1]
+    return living.size / SIDE if form == WHOLE_TILES else np.sum(-(-living.sum(1) // SIDE))
 
 
 def block_arrays(weight, form, tile):
@@ -123,7 +128,7 @@ def tile_arrays(weight, form):
     columns, starts = np.zeros((steps.sum(), STEP // 4), np.uint16), np.append(0, np.cumsum(steps))
     for rows, live, begin, end in zip(groups, living, starts, starts[1:]):
         column = np.flatnonzero(live)
-        columns[begin:end].reshape(-1)[:len(column)] = column           # what is left reads the first, and has no weight
+        columns[begin:end].reshape(-1)[:len(column)] = column       # what is left reads the first, and has no weight
         part = np.zeros((SIDE, (end - begin) * STEP // 4, 4), np.int8)
         part[:, :len(column)] = rows[:, column]
         registers[begin:end] = part.reshape(SIDE, end - begin, STEP // 4, 4).swapaxes(0, 1)

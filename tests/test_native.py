@@ -159,7 +159,8 @@ def test_it_compiles_for_arm(extension, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- tile registers, emulated
 
-EMULATED = ["-DPORTABLE", "-DEMULATED", "-DACTIVATION_BITS=8", "-include", str(ROOT / "tests" / "emulated_tiles.h"), "-O1"]
+EMULATED = ["-DPORTABLE", "-DEMULATED", "-DACTIVATION_BITS=8", "-O1",
+            "-include", str(ROOT / "tests" / "emulated_tiles.h")]
 TILES = (WHOLE_TILES, GATHERED_TILES)
 
 
