@@ -83,9 +83,8 @@ def draw_method():
 
 def draw_speed():
     """Milliseconds of all contenders as bars, a panel per CPU and batch size, the slowest of each filling its width."""
-    parts, top = [], 30
-    for cpu, row in ((cpu, row) for cpu, measured in json.loads((ROOT / "bench" / "speed.json").read_text()).items()
-                     for row in measured["base"]["rows"]):
+    parts, top, measured = [], 30, json.loads((ROOT / "bench" / "speed.json").read_text())
+    for cpu, row in [(cpu, row) for cpu, figures in measured.items() for row in figures["base"]["rows"]]:
         title = f"{cpu}: BERT-Base, 128 tokens, batch {row['batch']}, 2 threads: milliseconds"
         parts.append(text(10, top - 12, title, "bold"))
         for name, value in sorted(row["ms"].items(), key=lambda pair: pair[1]):

@@ -202,11 +202,20 @@ def random_model(settings, preset, sparsity, pattern, plain=False):
     return path
 
 
+def has_tiles():
+    from formats.machine import default_activation_bits
+    from native.build import native_library
+    from native.weights import NativeError
+    try:
+        return native_library(default_activation_bits(), print, tiles=True).tiles
+    except NativeError:
+        return False
+
+
 def base(settings):
     """BERT-Base, 128 tokens, 2 threads: all contenders."""
     sys.path.insert(0, str(HOME))
     from formats.machine import has_bf16
-    from native.build import processor
     model = partial(random_model, settings, "bert-base")
     workers = {"native, 1x4 80 %": start("ours", model(0.8, "1x4", plain=True), "native"),
                "native, 4x1 80 %": start("ours", model(0.8, "4x1"), "native"),
@@ -214,7 +223,7 @@ def base(settings):
                "torch sparse, unstructured 90 %": start("ours", model(0.9, "unstructured"), "sparse"),
                "torch int8": start("ours", model(0.8, "1x4"), "int8"),
                "torch fp32": start("ours", model(0.8, "1x4"), "fp32")}
-    if any("amx_int8" in line for line in processor()):
+    if has_tiles():
         workers |= {f"tiles, {pattern} {sparsity:.0%}": start("ours", model(sparsity, pattern), "tiles")
                     for pattern, sparsity in (("1x4", 0.8), ("16x4", 0.8), ("unstructured", 0.9))}
     folder = settings.work / "onnx"

@@ -197,24 +197,27 @@ template <class M>
 static void on_registers(const Weights &w, const Weights *next, int64_t tokens, int64_t first, int64_t last,
                          const uint8_t *q, float *y, int64_t pitch, uint8_t *levels) {
     constexpr int GATHERED = 4;                                     // steps: 16 KB of B
-    thread_local std::vector<int8_t> expanded;
+    thread_local std::vector<A> expanded;
     alignas(64) int32_t sums[2 * SIDE * T];
-    alignas(64) uint8_t b[GATHERED * SIDE * ROW] = {};
+    alignas(64) uint8_t b[GATHERED * SIDE * ROW];
     const int64_t begin = first / SIDE, end = (last + SIDE - 1) / SIDE, whole = w.inputs / STEP, rest = w.inputs % STEP;
     const int32_t *starts = w.starts, *survivors = w.starts + (w.outputs + SIDE - 1) / SIDE + 1;
     const int8_t *survivor = (const int8_t *)w.blocks + survivors[begin];
-    size_t needed = (size_t)(starts[end] - starts[begin]) * TILE_BYTES;
-    if (expanded.size() < needed) expanded.resize(needed);
-    for (int64_t row = (int64_t)starts[begin] * SIDE, to = 0; row < (int64_t)starts[end] * SIDE; row++, to += STEP) {
-        expand(w.alive[row], survivor, expanded.data() + to);
-        survivor += __builtin_popcountll(w.alive[row]);
-    }
+    const int64_t needed = starts[end] - starts[begin];
+    if ((int64_t)expanded.size() < needed) expanded.resize(needed);
+    for (int64_t step = 0; step < needed; step++)
+        for (int64_t row = 0; row < SIDE; row++) {
+            uint64_t alive = w.alive[(starts[begin] + step) * SIDE + row];
+            expand(alive, survivor, expanded[step].row[row]);
+            survivor += __builtin_popcountll(alive);
+        }
+    if (rest) std::memset(b, 0, SIDE * ROW);
     Registers registers;
     for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
         const uint8_t *x = q + tile * w.inputs * T;
         if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);       // the remaining rows of b meet zeros
         for (int64_t block = begin, blocks; block < end; block += blocks) {
-            const int8_t *a = expanded.data() + (starts[block] - starts[begin]) * (int64_t)TILE_BYTES;
+            const A *a = expanded.data() + (starts[block] - starts[begin]);
             const int64_t steps = starts[block + 1] - starts[block];
             blocks = w.form == WHOLE_TILES && block + 1 < end ? 2 : 1;
             written();
@@ -223,20 +226,19 @@ static void on_registers(const Weights &w, const Weights *next, int64_t tokens, 
                 for (int64_t step = 0, count; step < steps; step += count) {
                     count = std::min<int64_t>(GATHERED, steps - step);
                     gather(x, w.columns + (starts[block] + step) * SIDE, count, b);
-                    one_by_four(a + step * TILE_BYTES, count, b);
+                    one_by_four(a + step, count, b);
                 }
                 store_one_by_four(sums);
             } else if (blocks == 1) {
                 clear();
                 one_by_four(a, whole, x);
-                if (rest) one_by_four(a + whole * TILE_BYTES, 1, b);
+                if (rest) one_by_four(a + whole, 1, b);
                 store_one_by_four(sums);
             } else
                 for (int half = 0; half < (used_vectors(tokens, tile) > 2 ? 2 : 1); half++) {
                     clear();
-                    two_by_two(a, a + steps * TILE_BYTES, whole, x + half * ROW / 2);
-                    if (rest)
-                        two_by_two(a + whole * TILE_BYTES, a + (steps + whole) * TILE_BYTES, 1, b + half * ROW / 2);
+                    two_by_two(a, a + steps, whole, x + half * ROW / 2);
+                    if (rest) two_by_two(a + whole, a + steps + whole, 1, b + half * ROW / 2);
                     store_two_by_two(sums + half * T / 2);
                 }
             for (int64_t output = std::max(first, block * SIDE); output < std::min(last, (block + blocks) * SIDE);

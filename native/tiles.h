@@ -1,6 +1,6 @@
 // Products on tile registers (Intel AMX), where a CPU has them: second of four files.
 //
-// A register is 16 rows of 64 bytes. One instruction multiplies two of them and adds to a third:
+// A register is 16 rows of 64 bytes. One instruction (TDPBSUD) multiplies two of them and adds to a third:
 //
 //     C[o][t] += sum over 64 inputs i of A[o][i] B[i][t]         16,384 multiplications in 16 cycles
 //
@@ -8,10 +8,10 @@
 //     B    uint8    16 rows, each four inputs of 16 tokens       as `words` lie, a quarter of their width
 //     C    int32    16 outputs, rows of 16 tokens                sums, as they lie in a float tile
 //
-// That is eight times what vectors do, and a zero inside of A costs what any weight costs. So what the zeros save are
-// bytes: of A is kept what lives, and 64 bits per row that say where. `expand` sets it out in the first cache, once for
-// all tokens at hand. Blocks of 16x4 save multiplications too: four inputs that none of the 16 outputs reads are a row
-// of B that is left out. The others are copied together from `words` first (`gather`).
+// That is eight times what vectors do (Intel's optimization manual, on AMX), and a zero inside of A costs what any weight
+// costs. So what the zeros save are bytes: of A is kept what lives, and 64 bits per row that say where. `expand` sets it
+// out in the first cache, once for all tokens at hand. Blocks of 16x4 save multiplications too: four inputs that none of
+// the 16 outputs reads are a row of B that is left out. The others are copied together from `words` first (`gather`).
 #pragma once
 #include "vectors.h"
 #if defined(__linux__)
@@ -25,8 +25,8 @@
 constexpr int SIDE = 16;                // outputs of A, tokens of B, rows of a register
 constexpr int STEP = 64;                // inputs of A and B
 constexpr int ROW = 4 * T;              // bytes of a row of `words`
-constexpr int TILE_BYTES = SIDE * STEP;
 static_assert(T == 4 * SIDE, "a tile of tokens is four registers wide");
+struct alignas(64) A { int8_t row[SIDE][STEP]; };        // aligned: a row is one line of the cache
 
 // A row of A: the survivors, where `alive` has its bits. Reads 64 of them, whether or not they are all meant.
 static inline void expand(uint64_t alive, const int8_t *survivors, int8_t *row) {
@@ -69,8 +69,8 @@ static inline void clear() {
 }
 
 // 32 outputs (A at `a` and at `below`, `steps` of them) by 32 tokens: registers 0 to 3.
-static inline void two_by_two(const int8_t *a, const int8_t *below, int64_t steps, const uint8_t *b) {
-    for (int64_t step = 0; step < steps; step++, a += TILE_BYTES, below += TILE_BYTES, b += SIDE * ROW) {
+static inline void two_by_two(const A *a, const A *below, int64_t steps, const uint8_t *b) {
+    for (int64_t step = 0; step < steps; step++, a++, below++, b += SIDE * ROW) {
         _tile_loadd(4, a, STEP);
         _tile_loadd(6, b, ROW);
         _tile_loadd(5, below, STEP);
@@ -89,8 +89,8 @@ static inline void store_two_by_two(int32_t *sums) {            // [2 SIDE][T], 
 }
 
 // 16 outputs by 64 tokens.
-static inline void one_by_four(const int8_t *a, int64_t steps, const uint8_t *b) {
-    for (int64_t step = 0; step < steps; step++, a += TILE_BYTES, b += SIDE * ROW) {
+static inline void one_by_four(const A *a, int64_t steps, const uint8_t *b) {
+    for (int64_t step = 0; step < steps; step++, a++, b += SIDE * ROW) {
         _tile_loadd(4, a, STEP);
         _tile_loadd(5, b, ROW);
         _tile_loadd(6, b + STEP, ROW);

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import infer_cpu
 import model as network
 import quant
-from bench import agreement
+from bench import agreement, benchmark
 from formats import int8
 from formats.model_directory import load, save
 from model import InputError, ModelConfig
@@ -206,7 +206,8 @@ def test_on_tiles_only_what_lives_is_held_and_blocks_of_16x4_are_gathered(emulat
 @pytest.mark.parametrize("heads, hidden", [(3, 48), (2, 40), (1, 64), (4, 128)])
 @pytest.mark.parametrize("kind", ["classification", "span"])
 @pytest.mark.parametrize("block, sparsity", [((1, 4), 0.8), ((1, 1), 0.9), ((8, 4), 0.8), ((1, 1), 0.0)])
-def test_a_model_on_tiles_gives_what_it_gives_without(tmp_path, emulated, kind, block, sparsity, heads, hidden):
+def test_a_model_on_tiles_gives_what_it_gives_without(tmp_path, emulated, monkeypatch, kind, block, sparsity, heads,
+                                                      hidden):
     """Bit by bit: one library, its integers from vectors and from tiles."""
     directory = write_model(tmp_path, kind, block=block, sparsity=sparsity, num_attention_heads=heads,
                             hidden_size=hidden)
@@ -216,6 +217,9 @@ def test_a_model_on_tiles_gives_what_it_gives_without(tmp_path, emulated, kind, 
         engine = infer_cpu.native_engine(directory, model, packed, library)
         found += [engine(random_batch(model.config, rows, seed=rows)) for rows in (2, 3, 23)]
     assert engine.name == "tiles" and "in tiles by AMX" in engine.layout
+    monkeypatch.setattr(benchmark, "ceiling", lambda library, form: float(form))
+    parts = benchmark.where_time_goes(engine, random_batch(model.config, 2))
+    assert {parts[name][3] for name in ("intermediate", "output")} <= set(TILES) and parts["intermediate"][2] > 0
     for one, other in zip(expected, on_tiles):
         assert all(map(torch.equal, one, other))
 
