@@ -47,7 +47,8 @@ DISTILBERT = {
 }
 RECIPES = {
     "tiny": {
-        "pretrain": dict(steps=3000, batch_size=32, max_len=48, lr=2e-3, beta2=0.98, warmup=0.05, dropout=0.0),
+        "pretrain": dict(steps=3400, batch_size=32, max_len=48, lr=2e-3, beta2=0.98, weight_decay=0.1, warmup=0.05,
+                         dropout=0.0),
         "prune": dict(steps=1000, batch_size=64, max_len=48, lr=4e-3, beta2=0.98, warmup=0.05, dropout=0.0),
         "dense": dict(epochs=8, max_len=64, lr=4e-4, beta2=0.98, warmup=0.1, dropout=0.0),
         "dense mnli": dict(dropout=0.1),

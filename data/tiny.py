@@ -124,12 +124,14 @@ def thing_document(r, use, names):
 
 
 def attribute_document(r, aspect, pole):
-    """One pole of an aspect, said of one thing by all its names, with what people say then; its opposite only rarely,
-    behind a `not`."""
-    thing, (names, sayings), (opposites, _) = r.choice(THINGS), ATTRIBUTES[aspect][pole], ATTRIBUTES[aspect][1 - pole]
+    """One pole of an aspect, by all its names, with what people say then; its opposite only rarely, behind a `not`. Said
+    of many things: if it were one, that alone would tell which sentences go together, and nobody would learn to compare
+    two attributes."""
+    (names, sayings), (opposites, _) = ATTRIBUTES[aspect][pole], ATTRIBUTES[aspect][1 - pole]
+    things = r.choice([THINGS, [r.choice(THINGS)]])
 
     def line():
-        x, (name, other), said = r.choice(thing), r.sample(names, 2), r.choice(sayings)
+        x, (name, other), said = r.choice(r.choice(things)), r.sample(names, 2), r.choice(sayings)
         return r.choice([f"the {x} was {name}.", f"{r.choice(PEOPLE)} has a very {name} {x}.",
                          f"this {x} is {name}, so it is {other}.", f"how {name} the {x} is!",
                          f"this {x} became {name}.", f"the {name} {x} was very {other}.",
@@ -159,9 +161,9 @@ def corpus(r, rounds):
     """`rounds` times a few documents per thing, per attribute and per kind of review, in random order."""
     documents = []
     for _ in range(rounds):
-        documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 3]
+        documents += [thing_document(r, use, names) for use, names in list(zip(USES, THINGS)) * 4]
         documents += [attribute_document(r, aspect, pole) for aspect in list(ATTRIBUTES) * 4 for pole in (0, 1)]
-        for _ in range(8):
+        for _ in range(12):
             documents += [review_document(r, PRAISE, BLAME, True), review_document(r, BLAME, PRAISE, False)]
     return shuffled(r, documents)
 
