@@ -15,12 +15,14 @@ import infer_cpu
 import model as network
 import prune
 import quant
-from data import shards, tasks, text, tiny
+from data import recipes, shards, tasks, text, tiny
 from data.corpus import read_documents
 from formats import model_directory
 from formats.int8 import write_int8
 
-STEPS, STEP, RATE = 1000, 300, 2e-3
+RECIPE = recipes.RECIPES["tiny"]["prune"]
+STEPS, STEP, RATE = RECIPE["steps"], 300, RECIPE["lr"]
+WARMUP = round(RECIPE["warmup"] * STEPS)
 RAMP = prune.Ramp(target=0.85, begin=0, end=500, update_end=800, every=10)
 BITS = 7                        # of the activations: exact on every CPU, 8 where it has VNNI
 SENTENCE = "The film was superb and moving."
@@ -61,7 +63,7 @@ def show_step(student, teacher, batch, count):
     layer = student.encoder.layers[0].query
     dead = layer.weight.grad[~layer.mask]
     print(f"weights masked in the first query {len(dead)}, the largest gradient among them {float(dead.abs().max()):g}")
-    factors = [prune.learning_rate_factor(step, STEPS, 50, RAMP) for step in (299, 300, 309, 310, 499, 500, 900)]
+    factors = [prune.learning_rate_factor(step, STEPS, WARMUP, RAMP) for step in (299, 300, 309, 310, 499, 500, 900)]
     print("learning rate at steps 299, 300, 309, 310, 499, 500, 900:",
           " ".join(f"{RATE * factor:.6f}" for factor in factors))
     before = layer.mask.clone()
