@@ -54,15 +54,19 @@ def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_targ
 
 def hidden_loss(student, teacher, inputs, count):
     """L = sum over layers of the mean over real tokens of ||h_student - h_teacher||^2 / ||h_teacher||^2, the pooled
-    first token counting as one layer more: neither labels nor the vocabulary (arXiv 1909.10351, equation 8; divided by
-    the teacher's size so that each layer counts alike, arXiv 2310.06927, equation 1)."""
+    first token and, of a sentence encoder, the text's vector counting as one layer more each: neither labels nor the
+    vocabulary (arXiv 1909.10351, equation 8; divided by the teacher's size so that each layer counts alike, arXiv
+    2310.06927, equation 1)."""
     real, hidden = inputs[1].bool(), 0.0
     for ours, theirs in zip(student.encoder.states(*inputs), teacher.encoder.states(*inputs), strict=True):
         hidden = hidden + (relative_error(ours, theirs) * real).sum() / count["tokens"]
-    if student.encoder.pooler is None or teacher.encoder.pooler is None:        # DistilBERT has none
-        return combine({"hidden": hidden}, {}, 0.0)
-    pooled = relative_error(student.encoder.pooled(ours), teacher.encoder.pooled(theirs)).sum() / count["rows"]
-    return combine({"hidden": hidden, "pooled": pooled}, {}, 0.0)
+    terms, pairs = {"hidden": hidden}, {}
+    if student.encoder.pooler is not None and teacher.encoder.pooler is not None:       # DistilBERT has none
+        pairs["pooled"] = student.encoder.pooled(ours), teacher.encoder.pooled(theirs)
+    if student.sentence:
+        pairs["vector"] = [student.sentence.pool(states, inputs[1]) for states in (ours, theirs)]
+    terms |= {name: relative_error(*pair).sum() / count["rows"] for name, pair in pairs.items()}
+    return combine(terms, {}, 0.0)
 
 
 def relative_error(ours, theirs):

@@ -31,10 +31,9 @@ import torch
 import torch.nn.functional as F
 
 import quant
-from data import DataError
-from data.embed import Embedder, evaluate_retrieval, run_embed
+from data.embed import Embedder, evaluate_vectors, run_embed
 from data.encode import answer, as_inputs, evaluation_data, match_classes, random_batch, run_text, write_predictions
-from data.flags import parse
+from data.flags import OF_VECTORS, in_one_sentence, parse
 from formats import model_directory
 from formats.command import show_any_letter, to_stderr
 from formats.config import compression_of
@@ -43,7 +42,6 @@ from formats.int8 import read_int8, unpacked_bytes
 from formats.machine import (default_activation_bits, keep_freed_memory, medians_in_turn, quantized_engine, saturates,
                              seconds, survive_fork)
 from formats.model_directory import kind_of
-from formats.run import reason_of
 from model import InputError, linears
 from native.build import native_library
 from native.engine import take_over
@@ -229,7 +227,7 @@ def load(directory, engine="auto", threads=None, say=print):
     directory = Path(directory)
     kind_of(directory)                    # is it a model directory at all?
     if engine == "fp32":
-        return load_fp32(directory)
+        return load_fp32(directory, say)
     if (directory / "int8.safetensors").is_file():
         if engine in ("native", "tiles"):
             model, packed, metadata = read_int8(directory)
@@ -238,16 +236,16 @@ def load(directory, engine="auto", threads=None, say=print):
         return load_auto(directory, say) if engine == "auto" else load_integer(directory, engine, say)
     if engine == "auto":
         say(f"engine fp32: {directory} is not quantized (it has no int8.safetensors)")
-        return load_fp32(directory)
+        return load_fp32(directory, say)
     raise InputError(f"engine {engine} needs a quantized model, and {directory} has no int8.safetensors; run python "
                      f"train.py --stage quantize --task TASK --init {directory} first, or use --engine fp32")
 
 
-def load_fp32(directory):
+def load_fp32(directory, say=print):
     """Engine fp32: the plain weights, masked once."""
     keep_freed_memory()
     kind, *_ = kind_of(directory)
-    model = model_directory.load(directory, kind).eval().requires_grad_(False)
+    model = model_directory.load(directory, kind, say=say).eval().requires_grad_(False)
     for _, layer in linears(model):
         layer.weight *= layer.mask
         layer.mask = None                       # not read any more
@@ -357,10 +355,10 @@ def run(settings):
     """Do what was typed; returns all figures."""
     if settings.text:
         return run_text(settings, load)
-    if settings.embed or settings.evaluate and settings.task == "retrieval":
+    if settings.embed or settings.evaluate and settings.task in OF_VECTORS:
         opened = [load(path, engine, settings.threads, say=to_stderr) for path, engine in
                   ((settings.model, settings.engine), (settings.against, "auto")) if path]
-        return (run_embed if settings.embed else evaluate_retrieval)(settings, *opened)
+        return (run_embed if settings.embed else evaluate_vectors)(settings, *opened)
     if settings.evaluate:
         return run_evaluate(settings)
     from bench import benchmark, size
@@ -370,18 +368,11 @@ def run(settings):
 def main(arguments=None):
     show_any_letter()
     settings = parse(arguments, __doc__, ("auto", *ENGINES))
-    try:
+    with in_one_sentence():
         check_place("--json", settings.json)
         report = run(settings)
         if settings.json:
             write_json(settings.json, report)
-    except Exception as error:
-        reason = str(error) if isinstance(error, (InputError, DataError)) else reason_of(
-            error, "--batch-size or --max-len", then="")
-        if reason is None:
-            raise
-        print(f"infer_cpu.py: {reason}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ class Encoder(nn.Module):
 class EncoderModel(nn.Module):
     """The encoder alone, without a task: hidden states (B, T, H)."""
     kind = "encoder"
-    sentence = None         # a formats.sentence.Sentence, if its hidden states are meant to become one vector of a text
+    sentence = None         # a formats.sentence.Sentence, if its hidden states are pooled into one vector of a text
 
     def __init__(self, config, pooler=True):
         super().__init__()

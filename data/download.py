@@ -1,6 +1,7 @@
 """The published files: SST-2, MNLI, QQP and QNLI of GLUE, SQuAD v1.1, and the text of the English Wikipedia.
 
     python data/download.py sst2 mnli qqp qnli squad --out DIR      # DIR is then what train.py takes as --data
+    python data/download.py stsb --out DIR                          # for infer_cpu.py --evaluate --task stsb
     python data/download.py wikipedia --out DIR                     # more than 20 GB, stored as published
 
 A file arrives as NAME.part, an archive is unpacked in FOLDER.part, and only what is whole and verified gets the name
@@ -63,6 +64,9 @@ SOURCES = {
         checksum="sha256:3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"), Source(
         f"{SQUAD}/dev-v1.1.json", "SQuAD", ("dev-v1.1.json",), size=4_854_279,
         checksum="sha256:95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9")],
+    "stsb": [Source(
+        f"{GLUE}/STS-B.zip", "STS-B", ("dev.tsv",), size=802_872, unpacked=50_000_000,
+        checksum="sha256:e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")],
     "wikipedia": [Source(
         f"{WIKIPEDIA}/enwiki-latest-pages-articles.xml.bz2", "Wikipedia", ("enwiki-latest-pages-articles.xml.bz2",),
         sums=f"{WIKIPEDIA}/enwiki-latest-sha1sums.txt")],

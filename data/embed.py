@@ -1,7 +1,9 @@
 """Texts as vectors: the hidden states of an encoder, pooled, for lines, files and streams of any length."""
 import contextlib
 import json
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,27 +11,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.encode import encoder_of, tiny_world
-from data.tasks import read_questions
+from data.encode import encoder_of, strings, tiny_world
+from data.metrics import spearman
+from data.tasks import TASKS, Task, file_of, read_questions, read_table
 from formats.files import check_place, whole_file
 from formats.sentence import Sentence
 from model import InputError
 
-LINES_AT_ONCE = 4096        # of a stream: sorted by length among themselves, in memory at one time
+LINES_AT_ONCE = 4096        # of a stream, or fewer if they are long: sorted by length, in memory at one time
+BYTES_AT_ONCE = 2 ** 22
+LONGEST_LINE = 2 ** 23      # bytes; what is longer is no text in a line
 TEXTS_AT_ONCE = 256         # of a list that is held in memory anyway: how often its bar moves
 TOKENS_AT_ONCE = 2048       # of a forward pass
-
-
-def pool(hidden, mask, sentence):
-    """Hidden states (B, T, H) and their mask (B, T) -> vectors (B, H), as a formats.sentence.Sentence says."""
-    real = mask.bool()[..., None]
-    if sentence.pooling == "cls":
-        vectors = hidden[:, 0]
-    elif sentence.pooling == "max":
-        vectors = hidden.masked_fill(~real, -torch.inf).amax(1)
-    else:
-        vectors = (hidden * real).sum(1) / real.sum(1)
-    return F.normalize(vectors, dim=-1) if sentence.normalize else vectors
+STSB = Task("stsb", "STS-B", "similarity", "spearman", text_columns=("sentence1", "sentence2", "score"))
 
 
 class Embedder:
@@ -47,30 +41,40 @@ class Embedder:
         self.encoder = encoder_of(engine, length)
 
     def __call__(self, texts):
+        texts = strings(texts)
         vectors = np.zeros((len(texts), self.engine.model.config.hidden_size), np.float32)
-        rows = self.encoder.encode(list(texts)) if texts else []
+        for begin in range(0, len(texts), LINES_AT_ONCE):
+            self.fill(vectors[begin:begin + LINES_AT_ONCE], texts[begin:begin + LINES_AT_ONCE])
+        if not np.isfinite(vectors).all():
+            raise InputError(f"{self.engine.directory} answers with what is no number; give another model")
+        return vectors
+
+    def fill(self, vectors, texts):
+        """Vectors of texts, written into float32 (texts, H)."""
+        rows = self.encoder.encode(texts)
         lengths = [len(row["input_ids"]) for row in rows]
         order = sorted(range(len(rows)), key=lengths.__getitem__)      # neighbours of like length: next to no padding
         while order:
             size = max(1, TOKENS_AT_ONCE // lengths[order[-1]])
             chosen, order = order[-size:], order[:-size]
             batch = self.encoder.collate([rows[i] for i in chosen])
-            vectors[chosen] = pool(self.engine(batch), batch["attention_mask"], self.sentence).numpy()
-        if not np.isfinite(vectors).all():
-            raise InputError(f"{self.engine.directory} answers with what is no number; give another model")
-        return vectors
+            vectors[chosen] = self.sentence.pool(self.engine(batch), batch["attention_mask"]).numpy()
 
 
 def lines_of(path):
     """Yields lists of at most LINES_AT_ONCE lines of a file, '-' for standard input, without their ends."""
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-            lines = []
-            for number, line in enumerate(file, 1):
+            lines, size = [], 0
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), 1):
+                if len(line) == LONGEST_LINE:
+                    raise InputError(f"line {number} of {path} has {LONGEST_LINE:,} bytes or more; --embed reads a text "
+                                     f"in every line")
                 lines.append(line.rstrip(b"\r\n").decode("utf-8"))
-                if len(lines) == LINES_AT_ONCE:
+                size += len(line)
+                if len(lines) == LINES_AT_ONCE or size >= BYTES_AT_ONCE:
                     yield lines
-                    lines = []
+                    lines, size = [], 0
             if lines:
                 yield lines
     except UnicodeDecodeError:
@@ -86,6 +90,7 @@ def write_header(file, rows, columns):
 
 def run_embed(settings, engine):
     """--embed FILE --to FILE.npy or FILE.jsonl (default: JSON lines on standard output), in bounded memory."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # like Ctrl-C: nothing half-written is left
     embed, count, columns = Embedder(engine, settings.max_len), 0, engine.model.config.hidden_size
     check_place("--to", settings.to)
     packed = (settings.to or "").endswith(".npy")
@@ -97,6 +102,7 @@ def run_embed(settings, engine):
             vectors = embed(lines)
             file.write(vectors.astype("<f4").tobytes() if packed else "".join(
                 json.dumps([round(float(value), 7) for value in row]) + "\n" for row in vectors).encode())
+            file.flush()
             count += len(lines)
             bar.update(len(lines))
         if packed:
@@ -105,30 +111,62 @@ def run_embed(settings, engine):
     return {"engine": engine.name, "lines": count}
 
 
-def evaluate_retrieval(settings, engine, against=None):
-    """--evaluate --task retrieval: for what share of SQuAD's questions the paragraph that answers them is the nearest
-    of all, or among the nearest ten. against: a second engine; then also the cosines of its vectors with ours."""
-    path = Path(settings.data or tiny_world(engine.directory, "--data FOLDER")) / "SQuAD" / "dev-v1.1.json"
-    if not path.is_file():
-        raise InputError(f"{path} is missing; give (--data) the folder that holds SQuAD/ with {path.name} in it")
+def evaluate_vectors(settings, engine, against=None):
+    """--evaluate --task retrieval or stsb, for an encoder. against: a second engine; then also its figures, and the
+    cosines of its vectors with ours."""
+    embedders = [Embedder(each, settings.max_len) for each in (engine, against) if each]
+    sizes = [each.model.config.hidden_size for each in (engine, against) if each]
+    if len(set(sizes)) > 1:
+        raise InputError(f"--against {settings.against}: its vectors have {sizes[1]} numbers, and those of "
+                         f"{settings.model} {sizes[0]}; give the encoder that it was made of")
+    folder = Path(settings.data or tiny_world(engine.directory, "--data FOLDER"))
+    texts, measure = (retrieval if settings.task == "retrieval" else similarity)(folder, settings.limit)
+    vectors = [torch.from_numpy(embed_all(embed, texts)) for embed in embedders]
+    ours, *others = [measure(F.normalize(each, dim=-1) if embed.sentence.similarity == "cosine" else each)
+                     for each, embed in zip(vectors, embedders)]
+    metrics = ours | {f"against_{name}": value for other in others for name, value in other.items()}
+    if against:
+        cosines = F.cosine_similarity(*vectors)
+        metrics |= {"cosine_mean": float(cosines.mean()), "cosine_worst_percentile": float(cosines.quantile(0.01))}
+    print(f"{settings.task}, engine {engine.name}, {len(texts):,} texts: "
+          + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return {"engine": engine.name, "task": settings.task, "metrics": metrics}
+
+
+def retrieval(folder, limit=None):
+    """For what share of SQuAD's questions the paragraph that answers them is the nearest of all, or among the nearest
+    ten; of paragraphs that are as near as it, half count as nearer.
+
+    Returns (texts, function from their vectors, float32 (texts, H), to {metric: share})."""
+    path = file_of(folder, TASKS["squad"], "dev-v1.1.json")
     questions = read_questions(path)
     paragraphs = list(dict.fromkeys(question.context for question in questions))
     places = {paragraph: place for place, paragraph in enumerate(paragraphs)}
-    questions = questions[:settings.limit]
-    texts = [*(question.question for question in questions), *paragraphs]
-    ours = torch.from_numpy(embed_all(Embedder(engine, settings.max_len), texts))
-    asked, found = F.normalize(ours, dim=-1).tensor_split([len(questions)])
-    ranks = []
-    for number, row in enumerate(asked):
-        scores = found @ row
-        ranks.append(int((scores > scores[places[questions[number].context]]).sum()))
-    metrics = {f"recall_at_{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 10)}
-    if against:
-        cosines = F.cosine_similarity(ours, torch.from_numpy(embed_all(Embedder(against, settings.max_len), texts)))
-        metrics |= {"cosine_mean": float(cosines.mean()), "cosine_worst_percentile": float(cosines.quantile(0.01))}
-    print(f"retrieval, engine {engine.name}, {len(questions):,} questions and {len(paragraphs):,} paragraphs: "
-          + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return {"engine": engine.name, "task": "retrieval", "metrics": metrics}
+    questions = questions[:limit]
+
+    def measure(vectors):
+        asked, found = vectors.tensor_split([len(questions)])
+        ranks = []
+        for question, vector in zip(questions, asked):
+            scores = found @ vector
+            own = scores[places[question.context]]
+            ranks.append(int((scores > own).sum()) + (int((scores == own).sum()) - 1) / 2)
+        return {f"recall_at_{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 10)}
+    return [*(question.question for question in questions), *paragraphs], measure
+
+
+def similarity(folder, limit=None):
+    """How well the vectors' products order the pairs of sentences of STS-B's dev set as people do (arXiv 1708.00055).
+    Returns what `retrieval` does."""
+    path = file_of(folder, STSB, "dev.tsv")
+    first, second, scores = (column[:limit] for column in read_table(path, STSB, labelled=False)[0])
+    try:
+        scores = [float(score) for score in scores]
+    except ValueError as error:
+        raise InputError(f"{path}: the column score holds what is no number ({error}); give the file as "
+                         f"published") from None
+    return [*first, *second], lambda vectors: {
+        "spearman": spearman((vectors[:len(first)] * vectors[len(first):]).sum(-1).numpy(), scores)}
 
 
 def embed_all(embed, texts):

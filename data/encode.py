@@ -23,11 +23,13 @@ def tokenizer_of(directory):
 
 
 def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev", tokenizer=None):
-    """A TaskData of the model's tokenizer and row length: with `folder` it has the split, without it only encodes."""
+    """A TaskData of the model's tokenizer and row length: with `folder` it has the split, without it only encodes.
+    Where neither max_len nor the model's training says how long a row is, the task does; for texts of no task, only the
+    model's positions."""
     config = read_config(directory)[0]
     name = task or ("squad" if kind == "span" else "sst2")
-    length = max_len or compression_of(directory).get("max_len") or min(TASKS[name].max_length,
-                                                                         config.max_position_embeddings)
+    usual = TASKS[name].max_length if task or kind == "span" else config.max_position_embeddings
+    length = max_len or compression_of(directory).get("max_len") or min(usual, config.max_position_embeddings)
     if not isinstance(length, int) or not 8 <= length <= config.max_position_embeddings:
         raise InputError(f"rows of {length} tokens do not fit {directory}, which takes 8 to "
                          f"{config.max_position_embeddings}; give another --max-len")
@@ -39,6 +41,17 @@ def encoder_of(engine, max_len):
     """encoder_for the model of an infer_cpu.Engine, which keeps the tokenizer: to read it takes longer than to answer."""
     engine.tokenizer = engine.tokenizer or tokenizer_of(engine.directory)
     return encoder_for(engine.directory, engine.model.kind, max_len, tokenizer=engine.tokenizer)
+
+
+def strings(texts, name="texts"):
+    """Any sequence of str as a list of them. InputError for anything else, a single str above all."""
+    if isinstance(texts, str):
+        raise InputError(f"{name} is one text; give a list of them: [{texts[:20]!r}]")
+    texts = list(texts)
+    strange = [text for text in texts if not isinstance(text, str)]
+    if strange:
+        raise InputError(f"{name} holds {len(strange)} things that are no str, {strange[0]!r} to begin with")
+    return texts
 
 
 def check_texts(settings, kind, task):
@@ -99,6 +112,10 @@ def as_inputs(batch, model):
 def answer(engine, texts, pairs, contexts, max_len):
     """What infer_cpu.Engine.answer returns, of an infer_cpu.Engine and the arguments that are described there."""
     encoder, results = encoder_of(engine, max_len), []
+    texts, pairs, contexts = strings(texts), strings(pairs, "pairs"), strings(contexts, "contexts")
+    others, name = (contexts, "contexts") if engine.model.kind == "span" else (pairs, "pairs")
+    if len(others) != len(texts) and (others or engine.model.kind == "span"):
+        raise InputError(f"{len(texts)} texts and {len(others)} {name}; expected as many")
     if engine.model.kind == "span":
         for question, context in zip(texts, contexts, strict=True):
             rows = encoder.encode_question(question, context)
@@ -110,7 +127,7 @@ def answer(engine, texts, pairs, contexts, max_len):
             results.append((text, score))
         return results
     check_pairs(engine.model.config, pairs, engine.directory)
-    rows, raw = encoder.encode(list(texts), list(pairs) or None), read_config(engine.directory)[1]
+    rows, raw = encoder.encode(texts, pairs or None), read_config(engine.directory)[1]
     for begin in range(0, len(rows), 32):
         shares = probabilities(raw, engine(encoder.collate(rows[begin:begin + 32])))
         if not bool(shares.isfinite().all()):
@@ -131,11 +148,13 @@ def run_text(settings, load):
     engine = load(settings.model, settings.engine, settings.threads, say=to_stderr)
     contexts = settings.context * (len(settings.text) if len(settings.context) == 1 else 1)
     results = engine.answer(settings.text, settings.text_pair, contexts, settings.max_len)
-    for text, (found, value) in zip(settings.text, results):
-        print(f"{found}\t{value:.4f}\t{text}")
     value_is = "score" if kind == "span" else "probability"
-    return {"engine": engine.name, "answers": [{"text": text, "answer": found, value_is: value}
-                                               for text, (found, value) in zip(settings.text, results)]}
+    others = settings.text_pair or [None] * len(results)
+    for text, other, (found, value) in zip(settings.text, others, results):
+        print(found, f"{value:.4g}" if 0 < value < 1e-4 else f"{value:.4f}", text, *filter(None, [other]), sep="\t")
+    return {"engine": engine.name, "answers": [
+        {"text": text, **({} if other is None else {"text_pair": other}), "answer": found, value_is: value}
+        for text, other, (found, value) in zip(settings.text, others, results)]}
 
 
 def evaluation_data(directory, kind, task, folder, max_len, split="dev"):

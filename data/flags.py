@@ -1,7 +1,15 @@
-"""The flags of infer_cpu.py, and which of them go together."""
+"""The command line of infer_cpu.py: its flags, which of them go together, and how it ends."""
+import contextlib
+import os
+import sys
+
+from data import DataError
 from data.tasks import TASKS
 from formats.command import Parser, positive_int, positive_ints, thread_count
-from model import PRESETS
+from formats.run import reason_of
+from model import PRESETS, InputError
+
+OF_VECTORS = ("retrieval", "stsb")         # what --evaluate measures of an encoder's vectors
 
 
 def parse(arguments, description, engines):
@@ -21,9 +29,9 @@ def parse(arguments, description, engines):
     parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
     parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
     parser.add_argument("--to", metavar="FILE", help="with --embed: a .npy, or .jsonl as on standard output by default")
-    parser.add_argument("--task", choices=(*TASKS, "retrieval"), help="with --evaluate; default: what the model was "
-                        "trained on; retrieval is for encoders: SQuAD's paragraphs by its questions")
-    parser.add_argument("--against", metavar="DIR", help="with --task retrieval: another encoder to compare vectors with")
+    parser.add_argument("--task", choices=(*TASKS, *OF_VECTORS), help="with --evaluate; default: what the model was "
+                        "trained on; of an encoder: retrieval (SQuAD's paragraphs by its questions), stsb (likeness)")
+    parser.add_argument("--against", metavar="DIR", help="with --task retrieval or stsb: another encoder, to compare")
     parser.add_argument("--data", metavar="DIR", help="with --evaluate: the task folders; default: the tiny world")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="with --evaluate; test has no labels")
     parser.add_argument("--predictions", metavar="FOLDER", help="with --evaluate: write them there, as GLUE's server "
@@ -43,11 +51,36 @@ def parse(arguments, description, engines):
         parser.error("--split test has no labels, so that there is nothing but predictions; give --predictions FOLDER")
     if settings.to and not (settings.embed and settings.to.endswith((".npy", ".jsonl"))):
         parser.error("--to goes with --embed, and names a .npy or .jsonl file")
-    if settings.task == "retrieval" and (settings.predictions or settings.agreement):
-        parser.error("--predictions and --agreement go with a task that has labels; beside --task retrieval, --against "
-                     "DIR compares")
-    if settings.against and not (settings.evaluate and settings.task == "retrieval"):
-        parser.error("--against goes with --evaluate --task retrieval")
+    if settings.task in OF_VECTORS and (settings.predictions or settings.agreement):
+        parser.error(f"--predictions and --agreement go with a task for classes or answers; beside --task "
+                     f"{settings.task}, --against DIR compares")
+    if settings.against and not (settings.evaluate and settings.task in OF_VECTORS):
+        parser.error("--against goes with --evaluate --task retrieval or stsb")
+    if (settings.text_pair or settings.context) and not settings.text:
+        parser.error("--text-pair and --context go with --text")
+    if settings.limit and not settings.evaluate:
+        parser.error("--limit goes with --evaluate")
     if settings.random and not (settings.benchmark or settings.size):
         parser.error("--random has random weights: it goes with --benchmark and --size only")
     return settings
+
+
+@contextlib.contextmanager
+def in_one_sentence():
+    """Runs a block: what a person can mend ends it with one sentence and exit code 2, Ctrl-C with 130; a reader of the
+    standard output who has enough (`| head`) ends it quietly."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # Python flushes it once more at its end
+    except KeyboardInterrupt:
+        print("infer_cpu.py: stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        reason = str(error) if isinstance(error, (InputError, DataError)) else reason_of(
+            error, "--batch-size or --max-len", then="")
+        if reason is None:
+            raise
+        print(f"infer_cpu.py: {reason}", file=sys.stderr)
+        sys.exit(2)

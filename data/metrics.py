@@ -18,6 +18,18 @@ def binary_f1(predicted: list, expected: list, positive) -> float:
     return 2 * hits / (predicted.count(positive) + expected.count(positive)) if hits else 0.0
 
 
+def spearman(predicted, expected) -> float:
+    """Spearman's rank correlation of two arrays of the same length; equal numbers share their mean rank. 0 where one
+    of them orders nothing."""
+    ranks = []
+    for values in (predicted, expected):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[place])
+    if min(np.ptp(each) for each in ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 # ---------------------------------------------------------------- SQuAD
 
 def normalize_answer(text: str) -> str:

@@ -19,6 +19,7 @@ from formats.machine import has_bf16
 from formats.names import published_name
 from formats.patterns import find_pattern
 from formats.run import fingerprint
+from formats.sentence import LENGTH_FILES
 from model import PRESETS, InputError
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
@@ -209,9 +210,10 @@ def deciding(s, init, teacher):
 def files_of(s, init, teacher):
     """{setting: the files that it leads to}, whose content decides what is computed."""
     def of_model(directory):
-        return [path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin")
+        paths = [*directory.iterdir(), *directory.glob("*_Pooling/config.json")]
+        return [path for path in paths if path.suffix in (".safetensors", ".bin")
                 or path.name in ("config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json",
-                                 "added_tokens.json", "special_tokens_map.json")]
+                                 "added_tokens.json", "special_tokens_map.json", "modules.json", *LENGTH_FILES)]
 
     files = {name: of_model(directory) for name, directory in (("init", init), ("teacher", teacher)) if directory}
     if s.task:
@@ -236,10 +238,11 @@ def corpus_path(s):
 
 
 def pretraining_data(s, tokenizer, length, config):
-    """Text as rows; nothing of it is masked where hidden states are distilled."""
+    """Text as rows. Where hidden states are distilled nothing is masked, and half of the rows are one text, half pairs:
+    what comes of it may meet either."""
     return text.PretrainingData(shards.open_corpus(corpus_path(s), tokenizer), tokenizer, length,
                                 next_sentence=config.model_type == "bert", seed=s.seed,
-                                **({"mask_probability": 0.0} if s.kd_target == "hidden" else {}))
+                                **(dict(mask_probability=0.0, single_share=0.5) if s.kd_target == "hidden" else {}))
 
 
 @torch.no_grad()

@@ -81,6 +81,20 @@ def _read(path: Path) -> str:
     return decode(content, path)
 
 
+class MissingFile(DataError):
+    """A file of a task that is not there."""
+
+
+def file_of(folder: Path, task: Task, file: str) -> Path:
+    """Where one of a task's files lies, maybe gzipped (.gz). MissingFile if it does not."""
+    path = folder / task.folder / file
+    for found in (path, path.with_name(file + ".gz")):
+        if found.is_file():
+            return found
+    raise MissingFile(f"{path if path.parent.is_dir() else path.parent}: this is missing; give (--data) the folder "
+                      f"that holds {task.folder}/ with {file} in it")
+
+
 def read_table(path: Path, task: Task, labelled: bool = True) -> tuple[list[list[str]], list[int], list[int]]:
     """Read a GLUE file: one list of texts per text column, the class of each row, and the numbers of the rows left out.
 
@@ -261,13 +275,11 @@ class TaskData:
         required = [next(iter(known[split])) for split in splits]
         files = {}
         for name, file in wanted.items():
-            path = folder / self.task.folder / file
-            found = [path for path in (path, path.with_name(file + ".gz")) if path.is_file()]
-            if found:
-                files[name] = found[0]
-            elif name in required:
-                raise DataError(f"{path if path.parent.is_dir() else path.parent}: this is missing; give (--data) the "
-                                f"folder that holds {self.task.folder}/ with {file} in it")
+            try:
+                files[name] = file_of(folder, self.task, file)
+            except MissingFile:
+                if name in required:
+                    raise
         return files
 
     # ---- rows

@@ -208,6 +208,8 @@ class PretrainingData:
       the front or back of the longer segment. (BERT's script draws once, in advance, and hands the sentences that B
       replaced to the next span. Here they wait for another epoch: the cost of a fixed number of spans.)
     * without (DistilBERT, arXiv 1910.01108): [CLS] sentence [SEP] sentence [SEP] …, all of token type 0.
+    * for a share of the rows, single_share: the span's first sentences, a random number of them, as one text,
+      [CLS] text [SEP], such as a task of one text or a sentence encoder reads (next_sentence_label 0).
     * the mask: 15 % of the tokens that are not special, at least one (none at 0 %), become labels; of these 80 % turn
       into [MASK], 10 % into a random token and 10 % stay.
 
@@ -217,9 +219,10 @@ class PretrainingData:
     """
 
     def __init__(self, documents, tokenizer, max_length, next_sentence=True, seed=0, short_probability=0.1,
-                 mask_probability=0.15, validation_share=0.05):
+                 mask_probability=0.15, validation_share=0.05, single_share=0.0):
         self.tokenizer, self.max_length, self.next_sentence = tokenizer, max_length, next_sentence
         self.seed, self.short_probability, self.mask_probability = seed, short_probability, mask_probability
+        self.single_share = single_share
         if not 8 <= max_length < 2 ** 16:
             raise DataError(f"max_length is {max_length}; expected 8 tokens, three of which are special, to 65535")
 
@@ -335,7 +338,10 @@ class PretrainingData:
         begin, end, target = span
         number = _place(self.first_sentence, begin)
         begin, end = begin - int(self.first_sentence[number]), end - int(self.first_sentence[number])
-        if self.next_sentence:
+        if self.single_share and generator.random() < self.single_share:
+            text = self._sentences(number, begin, int(generator.integers(begin, end)) + 1)
+            row = sequence(self.tokenizer, text[:self.max_length - 2]) | {"next_sentence_label": 0}
+        elif self.next_sentence:
             first, second, is_random = self._segments(number, begin, end, target, split, generator)
             row = sequence(self.tokenizer, first, second) | {"next_sentence_label": is_random}
         else:

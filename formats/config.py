@@ -4,6 +4,7 @@ from pathlib import Path
 
 from formats.files import read_json
 from formats.names import ARCHITECTURES, NAMES
+from formats.sentence import read_sentence
 from model import PRESETS, InputError
 
 
@@ -32,6 +33,8 @@ def read_config(directory):
     if not Path(directory).is_dir():
         raise InputError(f"{directory} is not a folder; expected a model directory with config.json and "
                          f"model.safetensors")
+    if not path.is_file():
+        read_sentence(directory)            # says where an encoder lies that is not here
     raw = read_json(path)
     model_type = model_type_of(raw)
     if model_type not in list(NAMES):                   # a list, because what stands there need not be hashable

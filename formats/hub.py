@@ -1,20 +1,25 @@
 """Models by name: a folder, or 'owner/name' on the HuggingFace hub."""
 import contextlib
 import functools
+import json
 import re
 from pathlib import Path
 
 from formats.files import read_json
 from formats.model_directory import WEIGHT_FILES
+from formats.sentence import LENGTH_FILES
 from model import InputError
+
+SENTENCE_FILES = (*LENGTH_FILES, "config_sentence_transformers.json")
 
 
 @functools.lru_cache
 def fetch(name):
     """A model of the HuggingFace hub, 'owner/name' -> the folder where the hub's own cache keeps it.
 
-    Only what is read here is fetched, with the hub's progress bars: config.json, the tokenizer, and the first of
-    WEIGHT_FILES. InputError, one sentence, for a person who is offline or mistyped the name.
+    Only what is read here is fetched, with the hub's progress bars: config.json, the tokenizer, what
+    sentence-transformers puts beside them, and the first of WEIGHT_FILES. InputError, one sentence, for a person who is
+    offline or mistyped the name.
     """
     try:
         from huggingface_hub import hf_hub_download
@@ -32,6 +37,10 @@ def fetch(name):
 
         tokenizer = [get(file) for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
                                             "special_tokens_map.json")]
+        modules = get("modules.json")
+        for file in [*SENTENCE_FILES, *(f"{module['path']}/config.json" for module in
+                                        json.loads(modules.read_bytes()) if module["path"])] if modules else ():
+            get(file)
         weights = next(filter(None, map(get, WEIGHT_FILES)), None)
         if weights is None or not any(tokenizer[:2]):
             raise FileNotFoundError("its weights or its vocabulary are not there")

@@ -3,9 +3,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 from formats.files import read_json, write_file, write_json
 from model import InputError
 
+SIMILARITIES = ("cosine", "dot")
+LENGTH_FILES = ("sentence_bert_config.json", "sentence_distilbert_config.json")
 POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
 
 
@@ -16,40 +21,57 @@ class Sentence:
     pooling: str = "mean"               # of POOLINGS, over the real tokens
     normalize: bool = False             # to length 1
     max_length: int | None = None       # tokens of a row, [CLS] and [SEP] included; None: as many as the model takes
+    similarity: str = "cosine"          # of SIMILARITIES, by which two vectors are compared
+
+    def pool(self, hidden, mask):
+        """Hidden states (B, T, H) and their mask (B, T), not 0 for what is real -> vectors (B, H)."""
+        real = mask.bool()[..., None]
+        if self.pooling == "cls":
+            vectors = hidden[:, 0]
+        elif self.pooling == "max":
+            vectors = hidden.masked_fill(~real, -torch.inf).amax(1)
+        else:
+            vectors = (hidden * real).sum(1) / real.sum(1)
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
 def read_sentence(directory):
     """The Sentence of a folder that sentence-transformers wrote, None of any other. InputError names what this project
-    does not have: other modules, other poolings, prompts."""
+    does not have: other modules, poolings or similarities, prompts, shortened vectors."""
     directory = Path(directory)
     path = directory / "modules.json"
     if not path.is_file():
         return None
     try:
-        modules = [(module["type"].rpartition(".")[2], Path(module["path"]))
-                   for module in json.loads(path.read_bytes())]
+        modules = [(module["type"], Path(module["path"])) for module in json.loads(path.read_bytes())]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path} is no list of modules, each with its type and path") from None
-    kinds = [kind for kind, _ in modules]
-    if kinds not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    kinds = [kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind for kind, _ in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(f"{path} asks for {', '.join(kinds) or 'nothing'}; this project has a Transformer, a Pooling "
-                         f"and a Normalize, in that order; give another model")
+                         f"and perhaps a Normalize of sentence_transformers, in that order; give another model")
     if modules[0][1] != Path():
         raise InputError(f"{path}: its encoder lies in {modules[0][1]}; move what is in there beside {path.name}, and "
                          f"set its path to \"\"")
     own, general, tokens = (read_json(directory / name) if (directory / name).is_file() else {} for name in
-                            ("sentence_bert_config.json", "config_sentence_transformers.json",
-                             "tokenizer_config.json"))
-    prompts = general.get("prompts") or {}
-    if not isinstance(prompts, dict) or any(prompts.values()) or own.get("do_lower_case"):
-        raise InputError(f"{directory} puts prompts before texts, or changes their letters: {json.dumps(prompts)}; "
-                         f"this project embeds a text as it is; put them there yourself, and take them out of "
-                         f"config_sentence_transformers.json")
-    length = own.get("max_seq_length", tokens.get("model_max_length"))
+                            (next((name for name in LENGTH_FILES if (directory / name).is_file()), LENGTH_FILES[0]),
+                             "config_sentence_transformers.json", "tokenizer_config.json"))
+    prompts, similarity = general.get("prompts") or {}, general.get("similarity_fn_name") or "cosine"
+    if not isinstance(prompts, dict) or any(prompts.values()):
+        raise InputError(f"{directory} puts prompts before texts: {json.dumps(prompts)}; this project embeds a text as "
+                         f"it is; put them there yourself, and take them out of config_sentence_transformers.json")
+    if own.get("do_lower_case") and not tokens.get("do_lower_case"):
+        raise InputError(f"{directory} makes small letters of a text's before its tokenizer does; this project embeds "
+                         f"a text as it is; make them small yourself, and set do_lower_case to false")
+    if general.get("truncate_dim") is not None or similarity not in list(SIMILARITIES):
+        raise InputError(f"{directory / 'config_sentence_transformers.json'} asks for the similarity {similarity!r} of "
+                         f"vectors of {general.get('truncate_dim') or 'all'} numbers; this project has "
+                         f"{' and '.join(SIMILARITIES)}, of all")
+    length = tokens.get("model_max_length") if own.get("max_seq_length") is None else own["max_seq_length"]
     if length is not None and (type(length) not in (int, float) or length < 3):
         raise InputError(f"{directory}: max_seq_length is {length!r}; expected a number of tokens")
-    pooling = pooling_of(directory / modules[1][1] / "config.json") if len(modules) > 1 else "mean"
-    return Sentence(pooling, len(modules) == 3, None if length is None else int(min(length, 2 ** 20)))
+    return Sentence(pooling_of(directory / modules[1][1] / "config.json"), len(modules) == 3,
+                    None if length is None else int(min(length, 2 ** 20)), similarity)
 
 
 def pooling_of(path):
@@ -77,3 +99,4 @@ def write_sentence(sentence, hidden_size, directory):
         "word_embedding_dimension": hidden_size,
         **{name: kind == sentence.pooling for kind, name in POOLINGS.items()}})
     write_json(directory / "sentence_bert_config.json", {"max_seq_length": sentence.max_length, "do_lower_case": False})
+    write_json(directory / "config_sentence_transformers.json", {"similarity_fn_name": sentence.similarity})

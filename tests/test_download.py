@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import DataError, download, tasks, tiny
+from data import DataError, download, embed, tasks, tiny
 
 BODY = random.Random(0).randbytes(300_000)      # of several chunks, so that a broken connection leaves some of them
 SOURCE = download.Source("http://to.be.replaced/files/book.txt", "Books", ("book.txt",))
@@ -107,7 +107,8 @@ def sentence(error):
 # ---------------------------------------------------------------- what is there in the end
 
 def test_table_agrees_with_the_readers():
-    assert list(download.SOURCES) == [*tasks.TASKS, "wikipedia"]
+    assert list(download.SOURCES) == [*tasks.TASKS, "stsb", "wikipedia"]
+    assert [(source.folder, source.files) for source in download.SOURCES["stsb"]] == [(embed.STSB.folder, ("dev.tsv",))]
     for name, task in tasks.TASKS.items():
         sources = download.SOURCES[name]
         assert {source.folder for source in sources} == {task.folder}

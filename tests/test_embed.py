@@ -2,21 +2,29 @@
 retrieval by brute force, and an encoder pruned and rounded without a task."""
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from conftest import SHORT, fails
+from conftest import ROOT, SHORT, fails
 from transformers import AutoModel, AutoTokenizer
 
 import infer_cpu
+import model as network
 import train
 from data import embed, encode
+from data.metrics import spearman
 from formats import model_directory, sentence
 from formats.safetensors import read_safetensors
+from model import InputError
 
 TEXTS = ["The film was superb.", "", "Who bought the sofa?", "the car was clean, so it shone. " * 30, "A dull novel."]
 
@@ -84,9 +92,10 @@ def test_vectors_and_files_are_those_of_sentence_transformers(folder, tmp_path):
 def test_what_is_written_is_read_again(tmp_path):
     for pooling in sentence.POOLINGS:
         for normalize in (False, True):
-            written = sentence.Sentence(pooling, normalize, 77)
-            sentence.write_sentence(written, 8, tmp_path)
-            assert sentence.read_sentence(tmp_path) == written
+            for similarity in sentence.SIMILARITIES:
+                written = sentence.Sentence(pooling, normalize, 77, similarity)
+                sentence.write_sentence(written, 8, tmp_path)
+                assert sentence.read_sentence(tmp_path) == written
     (tmp_path / "modules.json").unlink()
     assert sentence.read_sentence(tmp_path) is None
 
@@ -94,20 +103,31 @@ def test_what_is_written_is_read_again(tmp_path):
 @pytest.mark.parametrize("file, values, words", [
     ("modules.json", None, "no list of modules"),
     ("modules.json", [["Transformer", ""], ["Dense", "2_Dense"]], "Transformer, Dense"),
-    ("modules.json", [["Transformer", "0_Transformer"]], "0_Transformer"),
+    ("modules.json", [["Transformer", "0_Transformer"], ["Pooling", "1_Pooling"]], "lies in 0_Transformer"),
     ("modules.json", [["Transformer", ""], ["Pooling", 1]], "no list of modules"),
     ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "lasttoken"),
     ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling"),
     ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "pooling"),
     ("1_Pooling/config.json", {"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
     ("config_sentence_transformers.json", {"prompts": {"query": "query: "}}, "query: "),
-    ("sentence_bert_config.json", {"do_lower_case": True}, "letters"),
+    ("sentence_bert_config.json", {"do_lower_case": True}, "small letters"),
+    ("modules.json", [["Transformer", ""]], "and perhaps a Normalize"),
+    ("modules.json", [["mine.Transformer", ""], ["Pooling", "1_Pooling"]], "mine.Transformer"),
+    ("config_sentence_transformers.json", {"truncate_dim": 64}, "of 64 numbers"),
+    ("config_sentence_transformers.json", {"similarity_fn_name": "euclidean"}, "euclidean"),
     ("sentence_bert_config.json", {"max_seq_length": "many"}, "max_seq_length"),
 ])
 def test_what_we_do_not_have_is_refused_by_name(file, values, words, folder, capsys):
     path = folder / file
     if isinstance(values, list):
-        path.write_text(json.dumps([{"type": f"a.b.{kind}", "path": place} for kind, place in values]))
+        path.write_text(json.dumps([{"type": kind if "." in kind else f"sentence_transformers.models.{kind}",
+                                     "path": place} for kind, place in values]))
+        if "0_Transformer" in str(values):
+            (folder / "0_Transformer").mkdir()
+            (folder / "config.json").rename(folder / "0_Transformer" / "config.json")
+    elif file == "sentence_bert_config.json" and "do_lower_case" in values:
+        change(path, **values)
+        change(folder / "tokenizer_config.json", do_lower_case=False)
     elif values is None:
         path.write_text("[1]")
     else:
@@ -123,6 +143,12 @@ def test_lengths_are_the_models(folder):
     assert not np.allclose(engine.embed([long]), engine.embed([long], max_len=12), atol=1e-3)
     change(folder / "sentence_bert_config.json", max_seq_length=5000)          # the model has 128 positions
     assert np.isfinite(infer_cpu.load(folder, say=lambda line: None).embed([long * 20])).all()
+    change(folder / "sentence_bert_config.json", max_seq_length=None)
+    change(folder / "tokenizer_config.json", model_max_length=20)
+    assert sentence.read_sentence(folder).max_length == 20
+    (folder / "sentence_bert_config.json").rename(folder / "sentence_distilbert_config.json")      # its older name
+    change(folder / "sentence_distilbert_config.json", max_seq_length=30)
+    assert sentence.read_sentence(folder).max_length == 30
 
 
 def test_order_and_batches_do_not_matter(folder, monkeypatch):
@@ -133,6 +159,19 @@ def test_order_and_batches_do_not_matter(folder, monkeypatch):
         monkeypatch.setattr(embed, "TOKENS_AT_ONCE", tokens)
         assert engine.embed(texts) == pytest.approx(alone, abs=1e-5)
     assert engine.embed([]).shape == (0, 128)
+    monkeypatch.setattr(embed, "LINES_AT_ONCE", 7)
+    assert engine.embed(text for text in texts) == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_is_no_list_of_texts_is_refused(folder, chain):
+    engine, classifier = (infer_cpu.load(path, say=lambda line: None) for path in (folder, chain / "sst2/teacher"))
+    for texts, words in (("a film", "is one text"), ([1, None], "no str")):
+        with pytest.raises(InputError, match=words):
+            engine.embed(texts)
+        with pytest.raises(InputError, match=words):
+            classifier.answer(texts)
+    with pytest.raises(InputError, match="2 texts and 3 pairs"):
+        classifier.answer(["a", "b"], ["c", "d", "e"])
 
 
 def embedded(arguments, capsysbinary):
@@ -145,6 +184,11 @@ def test_lines_become_rows(folder, tmp_path, capsysbinary, monkeypatch):
     monkeypatch.setattr(embed, "LINES_AT_ONCE", 2)
     expected = infer_cpu.load(folder, say=lambda line: None).embed(TEXTS)
     content = "\r\n".join(TEXTS).encode()
+    (tmp_path / "long.txt").write_bytes(content)
+    monkeypatch.setattr(embed, "BYTES_AT_ONCE", 30)
+    assert [len(lines) for lines in embed.lines_of(tmp_path / "long.txt")] == [2, 2, 1]
+    monkeypatch.setattr(embed, "BYTES_AT_ONCE", 10)
+    assert [len(lines) for lines in embed.lines_of(tmp_path / "long.txt")] == [1, 2, 1, 1]
     (tmp_path / "lines.txt").write_bytes(content)
     assert embedded([folder, "--embed", tmp_path / "lines.txt"], capsysbinary) == pytest.approx(expected, abs=1e-5)
     for name in ("v.npy", "v.jsonl"):
@@ -161,12 +205,21 @@ def test_lines_become_rows(folder, tmp_path, capsysbinary, monkeypatch):
 def test_bad_input_leaves_nothing_behind(folder, tmp_path, capsys, monkeypatch, chain):
     monkeypatch.setattr(embed, "LINES_AT_ONCE", 1)
     (tmp_path / "bad.txt").write_bytes(b"good\nb\xffd\n")
+    (tmp_path / "endless.txt").write_bytes(b"a" * 50)
+    monkeypatch.setattr(embed, "LONGEST_LINE", 50)
+    (tmp_path / "numbers" / "STS-B").mkdir(parents=True)
+    (tmp_path / "numbers" / "STS-B" / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\tmuch\n")
     for arguments, words in (
             ([folder, "--embed", tmp_path / "bad.txt", "--to", tmp_path / "v.npy"], "line 2 of"),
             ([folder, "--embed", tmp_path / "nothing.txt", "--to", tmp_path / "v.npy"], "No such file"),
             ([folder, "--embed", tmp_path / "bad.txt", "--to", tmp_path / "none" / "v.npy"], "--to"),
             ([folder, "--embed", tmp_path / "bad.txt", "--to", tmp_path / "v.txt"], ".npy or .jsonl"),
             ([folder, "--text", "a", "--to", tmp_path / "v.npy"], "--to goes with --embed"),
+            ([folder, "--embed", tmp_path / "bad.txt", "--limit", "3"], "--limit goes with --evaluate"),
+            ([folder, "--embed", tmp_path / "bad.txt", "--text-pair", "a"], "go with --text"),
+            ([folder, "--embed", tmp_path / "endless.txt", "--to", tmp_path / "v.npy"], "line 1 of"),
+            ([folder, "--evaluate", "--task", "stsb", "--data", tmp_path], "STS-B"),
+            ([folder, "--evaluate", "--task", "stsb", "--data", tmp_path / "numbers"], "no number"),
             ([folder, "--evaluate", "--against", folder], "--task retrieval"),
             ([folder, "--evaluate", "--task", "retrieval", "--agreement"], "--against DIR"),
             ([folder, "--text", "a"], "--embed FILE"),
@@ -176,7 +229,28 @@ def test_bad_input_leaves_nothing_behind(folder, tmp_path, capsys, monkeypatch, 
             infer_cpu.main([str(argument) for argument in arguments])
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and words in printed and "Traceback" not in printed, arguments
-    assert {path.name for path in tmp_path.iterdir()} == {"bad.txt", "model"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.txt", "endless.txt", "numbers", "model"}
+
+
+def test_stopped_it_leaves_nothing_behind(folder, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(embed.Embedder, "fill", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    (tmp_path / "lines.txt").write_text("a\nb\n")
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            infer_cpu.main([str(folder), "--embed", str(tmp_path / "lines.txt"), "--to", str(tmp_path / "v.npy")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 130 and "stopped" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"lines.txt", "model"}
+
+
+def test_a_reader_may_have_enough(folder, tmp_path):
+    (tmp_path / "lines.txt").write_text("a film\n" * 3000)
+    found = subprocess.run(f"{sys.executable} {ROOT / 'infer_cpu.py'} {folder} --embed {tmp_path / 'lines.txt'} | head -1",
+                           shell=True, capture_output=True, text=True)
+    assert len(json.loads(found.stdout)) == 128 and found.returncode == 0
+    assert "Broken pipe" not in found.stderr and "Traceback" not in found.stderr
 
 
 def test_retrieval_by_brute_force(folder, world, tmp_path, capsys):
@@ -203,6 +277,68 @@ def test_retrieval_by_brute_force(folder, world, tmp_path, capsys):
     cosines = (dense.embed(texts) * infer_cpu.load(other, say=lambda line: None).embed(texts)).sum(1)
     assert metrics["cosine_mean"] == pytest.approx(cosines.mean(), abs=1e-5)
     assert metrics["cosine_worst_percentile"] == pytest.approx(np.quantile(cosines, 0.01), abs=1e-5)
+
+
+def test_vectors_that_are_all_alike_find_nothing(world):
+    texts, measure = embed.retrieval(world, 9)
+    assert measure(torch.ones(len(texts), 4)) == {"recall_at_1": 0.0, "recall_at_10": 1.0}       # of twelve paragraphs
+    own = torch.eye(len(texts))
+    own[:9] = own[[texts.index(paragraph) for paragraph in contexts_of(world)[:9]]]
+    assert measure(own) == {"recall_at_1": 1.0, "recall_at_10": 1.0}
+
+
+def contexts_of(world):
+    """The paragraph of every question."""
+    return [paragraph["context"] for article in json.loads((world / "SQuAD" / "dev-v1.1.json").read_text())["data"]
+            for paragraph in article["paragraphs"] for _ in paragraph["qas"]]
+
+
+def test_likeness_of_sentences(folder, tmp_path, capsys):
+    """STS-B's published columns; the rank correlation by scipy; another encoder beside ours, of another size refused."""
+    pairs = [("The film was superb.", "A superb film.", "4.5"), ("The sofa was red.", "Who bought the car?", "0.0"),
+             ("A dull novel.", "The song was dull.", "3.0"), ("The sofa was red.", "The couch was red.", "4.5")]
+    (tmp_path / "STS-B").mkdir()
+    (tmp_path / "STS-B" / "dev.tsv").write_text("index\tgenre\tsentence1\tsentence2\tscore\n" + "".join(
+        f"{number}\tx\t" + "\t".join(pair) + "\n" for number, pair in enumerate(pairs)))
+    common = ["--evaluate", "--task", "stsb", "--data", str(tmp_path)]
+    infer_cpu.main([str(folder), *common, "--json", str(tmp_path / "s.json"), "--against", str(folder)])
+    engine = infer_cpu.load(folder, say=lambda line: None)
+    cosines = (engine.embed([pair[0] for pair in pairs]) * engine.embed([pair[1] for pair in pairs])).sum(1)
+    expected = scipy.stats.spearmanr(cosines, [float(pair[2]) for pair in pairs]).statistic
+    metrics = json.loads((tmp_path / "s.json").read_text())["metrics"]
+    assert metrics["spearman"] == metrics["against_spearman"] == pytest.approx(expected)
+    assert metrics["cosine_mean"] == pytest.approx(1, abs=1e-5)
+    assert spearman([1, 2, 3], [5, 5, 5]) == 0.0 and spearman([1, 1, 2, 9], [3, 4, 5, 6]) == pytest.approx(
+        scipy.stats.spearmanr([1, 1, 2, 9], [3, 4, 5, 6]).statistic)
+    config = replace(engine.model.config, hidden_size=64)
+    model_directory.save(network.build(config, "encoder"), tmp_path / "small")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "small")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        infer_cpu.main([str(folder), *common, "--against", str(tmp_path / "small")])
+    assert "its vectors have 64 numbers" in capsys.readouterr().err
+
+
+def test_cross_encoders_answer_as_theirs(encoder, tmp_path, capsys):
+    """One logit for a question and a document: its sigmoid, of documents as long as the model takes."""
+    import sentence_transformers as package
+    config = model_directory.load(encoder, "encoder", say=lambda line: None).config
+    torch.manual_seed(3)
+    model = network.build(replace(config, max_position_embeddings=300), "classification", 1)
+    torch.nn.init.normal_(model.classifier.weight, std=1.0)
+    model_directory.save(model, tmp_path / "ranker", ["relevant"])
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(encoder / name, tmp_path / "ranker")
+    queries, documents = ["Who bought the sofa?"] * 3, ["A dull novel.", "the car was clean. " * 40 + "Clara bought it.",
+                                                        "the car was clean. " * 40]
+    theirs = package.CrossEncoder(str(tmp_path / "ranker"), device="cpu", max_length=300).predict(
+        list(zip(queries, documents)))
+    found = infer_cpu.load(tmp_path / "ranker", say=lambda line: None).answer(queries, documents)
+    assert [value for _, value in found] == pytest.approx(list(theirs), abs=1e-5) and theirs[1] != theirs[2]
+    infer_cpu.main([str(tmp_path / "ranker"), *(word for pair in zip(queries, documents) for word in (
+        "--text", pair[0], "--text-pair", pair[1]))])
+    assert capsys.readouterr().out.splitlines()[0].split("\t") == ["relevant", f"{theirs[0]:.4f}", queries[0],
+                                                                   documents[0]]
 
 
 class FakeQuant:
@@ -233,7 +369,7 @@ def test_pruned_and_rounded_without_a_task(rounded):
     for name in ("int8-1x4-0.85", "int8-dense"):
         directory = rounded / name
         assert json.loads((directory / "metrics.json").read_text())["metrics"].keys() == {
-            "validation_hidden_loss", "validation_pooled_loss"}
+            "validation_hidden_loss", "validation_pooled_loss", "validation_vector_loss"}
         tensors, metadata = read_safetensors(directory / "int8.safetensors")
         assert metadata["activation_bits"] in ("7", "8") and any("pooler" in key for key in tensors)
         model = model_directory.load(directory, "encoder", say=lambda line: None)

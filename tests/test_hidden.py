@@ -19,7 +19,7 @@ from bench import measure_minilm
 from data import text
 from data.corpus import read_documents
 from data.settings import start_vocabulary
-from formats import model_directory
+from formats import model_directory, sentence
 from formats.safetensors import read_safetensors, write_safetensors
 
 
@@ -64,6 +64,27 @@ def test_a_teacher_without_a_pooler_teaches_the_layers_alone():
     batch = make_batch("classification")
     total, parts = distill.loss(make(0), make(1, DISTILBERT), batch, distill.denominators([batch]))
     assert parts.keys() == {"hidden"} and float(total.detach()) == pytest.approx(parts["hidden"])
+
+
+@pytest.mark.parametrize("pooling", sentence.POOLINGS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_sentence_encoders_vector_is_learnt_too(pooling, normalize):
+    student, teacher, batch = make(0), make(1), make_batch("classification")
+    without = distill.loss(student, teacher, batch, distill.denominators([batch]))[1]
+    student.sentence = sentence.Sentence(pooling, normalize)
+    total, parts = distill.loss(student, teacher, batch, distill.denominators([batch]))
+    expected = []
+    for ours, theirs, mask in zip(*(states_by_hooks(model, batch)[0][-1] for model in (student, teacher)),
+                                  batch["attention_mask"].bool().numpy()):
+        one, other = ({"mean": states[mask].mean(0), "cls": states[0], "max": states[mask].max(0)}[pooling]
+                      for states in (ours, theirs))
+        if normalize:
+            one, other = one / np.linalg.norm(one), other / np.linalg.norm(other)
+            assert ((one - other) ** 2).sum() == pytest.approx(2 - 2 * one @ other)         # the cosine, in other words
+        expected.append(((one - other) ** 2).sum() / (other ** 2).sum())
+    assert parts["vector"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert {**parts, "vector": 0} == pytest.approx({**without, "vector": 0})
+    assert float(total.detach()) == pytest.approx(sum(parts.values()), rel=1e-6)
 
 
 def test_padding_and_labels_do_not_count():

@@ -13,7 +13,7 @@ from test_model import (assert_same, error_of, every_published_class, make, make
 
 import prune
 import train
-from formats import report, safetensors
+from formats import report, safetensors, sentence
 from formats.hub import fetch, locate
 from formats.model_directory import load, save
 from formats.names import published_name
@@ -410,7 +410,7 @@ class Hub:
         self.asked.append(file)
         if not (self.source / file).is_file():
             raise EntryNotFoundError(f"404: {file}")
-        self.snapshot.mkdir(parents=True, exist_ok=True)
+        (self.snapshot / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(self.source / file, self.snapshot / file)
         return str(self.snapshot / file)
 
@@ -460,6 +460,14 @@ def test_a_model_is_fetched_by_name_and_only_what_is_needed(how, hub):
     assert locate(NAME) == Path(NAME)                                  # a folder of that name comes first
     for name in ("out", "/no/such/model", "./here", "../there", "a/b/c", "a b/c"):
         assert locate(name) == Path(name)
+
+
+def test_what_sentence_transformers_wrote_is_fetched_too(hub):
+    publish(make(), hub, "safetensors")
+    wanted = sentence.Sentence("cls", True, 77, "dot")
+    sentence.write_sentence(wanted, 16, hub.source)
+    assert sentence.read_sentence(locate(NAME)) == wanted
+    assert "2_Normalize/config.json" in hub.asked and not (hub.snapshot / "README.md").exists()
 
 
 def test_every_stage_takes_a_name_for_init_and_teacher(hub, monkeypatch):

@@ -217,6 +217,31 @@ def test_a_pair_row_is_two_segments_of_one_or_two_documents(pretraining, tokeniz
     assert len(rows) == 640 and sum(len(row["input_ids"]) == 64 for row in rows) > 100
 
 
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_a_share_of_the_rows_is_one_text(next_sentence, tokenizer):
+    """[CLS] text [SEP] of all lengths; the others are as ever, and without a share nothing is drawn for it."""
+    documents = make_documents()
+
+    def make(share):
+        return PretrainingData(documents, tokenizer, 48, next_sentence=next_sentence, mask_probability=0.0,
+                               single_share=share)
+    rows = make(0.5).rows(0, 400)
+    separator = tokenizer.token_to_id("[SEP]")
+    single = [row for row in rows if (row["input_ids"] == separator).sum() == 1 and not row["token_type_ids"].any()]
+    if next_sentence:
+        assert 150 < len(single) < 250 and {row["next_sentence_label"] for row in single} == {0}
+    else:
+        assert len(single) > 150
+    lengths = {len(row["input_ids"]) for row in single}
+    assert min(lengths) < 20 and max(lengths) > 30 and all(len(row["input_ids"]) <= 48 for row in rows)
+    words = [tokenizer.encode(" ".join(document), add_special_tokens=False).ids for document in documents]
+    starts = {tuple(ids[begin:begin + 3]) for ids in words for begin in range(len(ids))}
+    assert all(tuple(row["input_ids"][1:4]) in starts for row in single if len(row["input_ids"]) >= 5)
+    for one, other in zip(make(0.0).rows(0, 9), PretrainingData(documents, tokenizer, 48, next_sentence=next_sentence,
+                                                                mask_probability=0.0).rows(0, 9)):
+        assert np.array_equal(one["input_ids"], other["input_ids"])
+
+
 def test_random_next_sentences_come_half_the_time_and_always_after_a_lone_sentence(tokenizer):
     pairs = [[f"d{d}s0 apple", f"d{d}s1 bread"] for d in range(60)]
     data = PretrainingData(pairs, tokenizer, 64, short_probability=0)
