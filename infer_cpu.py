@@ -355,10 +355,10 @@ def run(settings):
     """Do what was typed; returns all figures."""
     if settings.text:
         return run_text(settings, load)
-    if settings.embed or settings.evaluate and settings.task in OF_VECTORS:
+    if settings.embed is not None or settings.evaluate and settings.task in OF_VECTORS:
         opened = [load(path, engine, settings.threads, say=to_stderr) for path, engine in
                   ((settings.model, settings.engine), (settings.against, "auto")) if path]
-        return (run_embed if settings.embed else evaluate_vectors)(settings, *opened)
+        return (run_embed if settings.embed is not None else evaluate_vectors)(settings, *opened)
     if settings.evaluate:
         return run_evaluate(settings)
     from bench import benchmark, size

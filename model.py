@@ -143,12 +143,13 @@ class Encoder(nn.Module):
     """Embeddings, layers and, where the model has one, the pooler.
 
     kernel      None, or a function that replaces `forward` at inference; set only by native/.
+    observe     None, or a function that is given the attention mask of every batch; set only by quant.prepare.
     """
 
     def __init__(self, config, pooler=True):
         super().__init__()
         self.config = config
-        self.kernel = None
+        self.kernel = self.observe = None
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
@@ -159,11 +160,6 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """input_ids, attention_mask, token_type_ids: int64 (B, T). Returns hidden states (B, T, H)."""
-        length = input_ids.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise InputError(f"a row of {length} tokens is longer than the model's "
-                             f"{self.config.max_position_embeddings} positions; give --max-len "
-                             f"{self.config.max_position_embeddings} or less")
         if self.kernel is not None:
             return self.kernel(input_ids, attention_mask, token_type_ids)
         for x in self.states(input_ids, attention_mask, token_type_ids):
@@ -173,6 +169,12 @@ class Encoder(nn.Module):
     def states(self, input_ids, attention_mask, token_type_ids):
         """Yields the hidden states (B, T, H) after each layer in turn."""
         length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise InputError(f"a row of {length} tokens is longer than the model's "
+                             f"{self.config.max_position_embeddings} positions; give --max-len "
+                             f"{self.config.max_position_embeddings} or less")
+        if self.observe is not None:
+            self.observe(attention_mask)
         x = self.word(input_ids) + self.position.weight[:length]                                # (B, T, H) + (T, H)
         if self.token_type is not None:
             x = x + self.token_type(token_type_ids)                                             # (B, T, H)

@@ -52,7 +52,7 @@ def resolve_sparsity(sparsity, pattern):
     """The target share of zeros, in [0, 1). None means 0.85, or what an N:M pattern implies. InputError otherwise."""
     if pattern.group:
         implied = 1 - pattern.keep / pattern.group
-        if sparsity is not None and abs(sparsity - implied) > 1e-9:
+        if sparsity is not None and abs(sparsity - implied) > 1e-5:
             raise InputError(f"--pattern {pattern} has a sparsity of exactly {implied:g}, and --sparsity asks for "
                              f"{sparsity:g}; leave --sparsity out or choose another pattern")
         return implied

@@ -138,11 +138,11 @@ def prepare(model, bits, scales="row"):
         raise InputError(f"activations take 2 to 8 bits, not {bits}")
     observed = {}
 
-    def note_padding(encoder, inputs):                  # inputs: input_ids, attention_mask, token_type_ids
-        mask = inputs[1].flatten().bool()
+    def note_padding(attention_mask):
+        mask = attention_mask.flatten().bool()
         observed["real"] = None if bool(mask.all()) else mask.nonzero()[:, 0]
 
-    model.encoder.register_forward_pre_hook(note_padding)
+    model.encoder.observe = note_padding
     for _, layer in linears(model):
         layer.fake_quant = functools.partial(fake_quant, bits=bits, scales=scales, observed=observed)
 

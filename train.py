@@ -24,15 +24,15 @@ import model as network
 import prune
 import quant
 from data import DataError, shards, tasks, text
-from data.batches import batches_ahead, dropout_seed, to_device
+from data.batches import batches_ahead, dropout_seed, rows_at_once, to_device
 from data.encode import check_pairs, evaluation_data, match_classes, tokenizer_of
 from data.recipes import RECIPES
 from data.settings import (LEAST_SPARSITY, check_device, check_length, check_numbers, check_stage, check_teacher,
                            corpus_path, data_folder, deciding, follow_zeros, free_zeros, preset_for, pretraining_data,
-                           recipe_for, start_vocabulary)
+                           ramp_of, recipe_for, start_vocabulary)
 from formats import model_directory, page, run
 from formats.command import Parser, add_settings, show_any_letter
-from formats.config import compression_of, read_config
+from formats.config import compression_of, read_config, rounding_of
 from formats.files import write_json
 from formats.hub import locate
 from formats.int8 import write_int8
@@ -104,6 +104,7 @@ CHOICES = {
     "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
     "activation_bits": (7, 8),
 }
+VALIDATION_ROWS = 3200     # of the held-out text that are looked at, at most
 LARGEST_GRADIENT = 1.0     # its norm is cut down to that, as in BERT's own training (arXiv 1810.04805, its code)
 
 
@@ -196,7 +197,7 @@ def command_of(s, row):
     task = f" --task {s.task}" if row.data == "task" else ""
     zeros = f" --pattern {s.pattern} --sparsity {s.sparsity:g}"
     if row.mask == "dense":
-        zeros = " --sparsity 0" if task else ""
+        zeros = " --sparsity 0" * bool(task) + " --init random" * (s.init == "random" and not row.rounded)
     return (f"python train.py --stage {row.stage}{task}{zeros} " + (f"--recipe {s.recipe} " if s.recipe else "")
             + f"--preset {s.preset} --out {s.out}")
 
@@ -242,7 +243,7 @@ def run_stage(s):
     torch.manual_seed(s.seed)
     notes = []
     model, tokenizer, data = build_model_and_data(s, init, notes.append)
-    teacher = load_teacher(s, teacher_directory, model, tokenizer, data, notes.append)
+    teacher = load_teacher(s, teacher_directory, model, data, notes.append)
     prepare_layers(s, model, notes.append)
     if init and prune.measured_sparsity(model) >= LEAST_SPARSITY:
         notes += format_kinds(model)
@@ -293,11 +294,11 @@ def build_model_and_data(s, init, say):
     return network.build(config, kind, len(data.labels) if kind == "classification" else 2), tokenizer, data
 
 
-def load_teacher(s, directory, model, tokenizer, data, say):
+def load_teacher(s, directory, model, data, say):
     """The model to distil from, frozen; None without a directory."""
     if directory is None:
         return None
-    check_teacher(directory, model, tokenizer, say)
+    check_teacher(directory, model, data, say)
     teacher = model_directory.load(directory, model.kind, say=say, task=getattr(data, "task", None))
     return network.freeze(teacher.to(s.device), torch.bfloat16 if s.precision == "bf16" else torch.float32)
 
@@ -317,19 +318,6 @@ def prepare_layers(s, model, say=print):
     if row_of(s).rounded:
         quant.prepare(model, s.activation_bits, s.weight_scales)
         quant.round_embeddings(model)
-
-
-def ramp_of(s):
-    """The settings' shares of the run as optimizer steps, or None where the stage does not prune. InputError if the run
-    ends before the ramp does."""
-    if s.mask != "gradual":
-        return None
-    every = max(1, round(s.update_every * s.steps))
-    # The last update falls on a multiple of `every` at or after the ramp's end, so that the target is always reached.
-    end = math.ceil(s.ramp_end * s.steps / every) * every
-    if end >= s.steps:
-        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {end}; give more --steps")
-    return prune.Ramp(s.sparsity, 0, end, max(end, math.floor(s.update_end * s.steps)), every)
 
 
 def make_optimizer(s, model):
@@ -386,7 +374,7 @@ def train(s, model, teacher, data, decided, log, out, state):
 
             progress.show(step + 1, denominators["tokens"],
                           {**figures, "learning_rate": rate, "sparsity": sparsity, "gradient_norm": norm})
-            if (progress.save_is_due() or stop) and log.directory:
+            if (progress.save_is_due() or stop or step + 1 == s.steps) and log.directory:
                 run.save_checkpoint(out, decided, model, optimizer, step + 1, progress.seconds())
                 progress.note_save()
             if stop:
@@ -417,9 +405,9 @@ def finish_stage(s, model, teacher, tokenizer, data, log, seconds):
     out = directory_of(s, row_of(s))
     prune.burn_in(model)
     metrics, layers, sparsity = evaluate(s, model, data, teacher), prune.report(model), prune.measured_sparsity(model)
-    compression = {"pattern": s.pattern if s.mask != "dense" else "dense", "sparsity": sparsity}
+    compression = {"pattern": s.pattern if s.mask != "dense" else "dense", "sparsity": sparsity, "max_len": s.max_len}
     if s.task:
-        compression.update(task=s.task, max_len=s.max_len)
+        compression["task"] = s.task
     if row_of(s).rounded:
         compression.update(activation_bits=s.activation_bits, weight_scales=s.weight_scales)
     model.to("cpu")
@@ -448,8 +436,9 @@ def evaluate(s, model, data, teacher=None):
             def predict(batch):
                 batch = to_device(batch, s.device)
                 return model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-            return data.evaluate(predict)[0]
-        batches = [to_device(batch, s.device) for batch in data.validation_batches(s.batch_size, limit=50)]
+            return data.evaluate(predict, batch_size=min(32, rows_at_once(s)))[0]
+        rows = rows_at_once(s)
+        batches = [to_device(batch, s.device) for batch in data.validation_batches(rows, -(-VALIDATION_ROWS // rows))]
         denominators, sums = distill.denominators(batches), {}
         for batch in batches:
             for name, value in distill.loss(model, teacher if model.kind == "encoder" else None, batch,
@@ -478,7 +467,7 @@ def run_evaluate(s):
     model = model_directory.load(init, kind)
     match_classes(data, model, init)
     if "activation_bits" in compression:
-        quant.prepare(model, compression["activation_bits"], compression["weight_scales"])
+        quant.prepare(model, *rounding_of(init))
     if prune.measured_sparsity(model) >= LEAST_SPARSITY:
         print("\n".join(format_kinds(model)))
     metrics = evaluate(s, model.to(s.device), data)
@@ -492,11 +481,14 @@ def run_all(typed):
     """Every stage in turn for every task, then the INT8 engine on the files they left, then one table."""
     started = time.monotonic()
     pruned = resolve({**typed, "task": ""}, "prune")            # every mistake in the settings shows before step 0
-    later = {**{name: value for name, value in typed.items() if name not in ("init", "teacher")},
+    dropped = ("init",) if typed.get("teacher") == "none" else ("init", "teacher")
+    later = {**{name: value for name, value in typed.items() if name not in dropped},
              "preset": pruned.preset, "out": pruned.out}
     if pruned.kd_target == "hidden":                            # both upstream and task teachers start from --init
         upstream, dense = [pruned], {"init": pruned.init} if pruned.init else {}
     else:
+        if pruned.teacher not in ("", "none"):
+            raise InputError(f"--stage all makes its teachers itself; leave out --teacher {pruned.teacher}")
         teacher = resolve({**typed, "task": "", "sparsity": None}, "pretrain")
         upstream, dense = [teacher, resolve({**later, "task": ""}, "prune")], {}
     chains = [(resolve({**later, **dense, "task": task, "sparsity": 0.0}, "finetune"),

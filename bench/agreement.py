@@ -1,25 +1,19 @@
 """An engine beside the fake-quantized model that was trained: `infer_cpu.py --evaluate --agreement`."""
-from pathlib import Path
 
 import torch
 
 import quant
 from formats import model_directory
-from infer_cpu import Engine
+from formats.config import rounding_of
 from formats.model_directory import kind_of
-from model import InputError
+from infer_cpu import Engine
 
 
 def fake_quant_model(directory):
     """The quantized model as it was trained: float32 arithmetic with fake quantization. A function of a batch."""
-    kind, _, raw = kind_of(directory)
-    record = raw.get("compression") or {}
-    bits, scales = record.get("activation_bits"), record.get("weight_scales")
-    if bits not in range(2, 9) or scales not in ("row", "tensor"):
-        raise InputError(f"--agreement compares with the fake-quantized model, and {Path(directory) / 'config.json'} "
-                         f"has no activation_bits and weight_scales; run python train.py --stage quantize first")
+    kind, *_ = kind_of(directory)
     model = model_directory.load(directory, kind).eval()
-    quant.prepare(model, bits, scales)
+    quant.prepare(model, *rounding_of(directory))
     return Engine(directory, "fake-quant", model, "", 0, 0)
 
 

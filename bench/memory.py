@@ -85,8 +85,8 @@ def build_stage(s):
     """(model, teacher or None, data) as the stage has them before its first step."""
     init, teacher_directory = train.parents_of(s)
     torch.manual_seed(s.seed)
-    model, tokenizer, data = train.build_model_and_data(s, init, lambda line: None)
-    teacher = train.load_teacher(s, teacher_directory, model, tokenizer, data, lambda line: None)
+    model, _, data = train.build_model_and_data(s, init, lambda line: None)
+    teacher = train.load_teacher(s, teacher_directory, model, data, lambda line: None)
     train.prepare_layers(s, model)
     return model.to(s.device), teacher, data
 

@@ -68,8 +68,8 @@ def lines_of(path):
             lines, size = [], 0
             for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), 1):
                 if len(line) == LONGEST_LINE:
-                    raise InputError(f"line {number} of {path} has {LONGEST_LINE:,} bytes or more; --embed reads a text "
-                                     f"in every line")
+                    raise InputError(f"line {number} of {path} has {LONGEST_LINE:,} bytes or more; --embed reads a "
+                                     f"text in every line")
                 lines.append(line.rstrip(b"\r\n").decode("utf-8"))
                 size += len(line)
                 if len(lines) == LINES_AT_ONCE or size >= BYTES_AT_ONCE:

@@ -1,4 +1,6 @@
 """What a person types, or a task's files, as batches for the model in a directory; and what its outputs answer."""
+import math
+
 import torch
 
 from data import tiny
@@ -11,6 +13,9 @@ from formats.files import write_file
 from formats.heads import class_names, class_order, probabilities
 from formats.model_directory import kind_of
 from model import PRESETS, InputError
+
+ROWS_AT_ONCE = 32       # of what a person types, in a forward pass
+NO_NUMBER = "{} answers with what is no number: its weights are so large that sums of them overflow; give another model"
 
 
 def tokenizer_of(directory):
@@ -122,17 +127,21 @@ def answer(engine, texts, pairs, contexts, max_len):
             if not any(len(row["offsets"]) for row in rows):
                 raise InputError(f"the context of {question!r} has no word in it; give --context the text in which the "
                                  f"answer stands")
-            start, end = engine(encoder.collate(rows))
-            text, _, _, score = best_span(rows, list(start.numpy()), list(end.numpy()))
+            starts, ends = [], []
+            for begin in range(0, len(rows), ROWS_AT_ONCE):
+                for logits, found in zip((starts, ends), engine(encoder.collate(rows[begin:begin + ROWS_AT_ONCE]))):
+                    logits += list(found.numpy())
+            text, _, _, score = best_span(rows, starts, ends)
+            if not math.isfinite(score):
+                raise InputError(NO_NUMBER.format(engine.directory))
             results.append((text, score))
         return results
     check_pairs(engine.model.config, pairs, engine.directory)
     rows, raw = encoder.encode(texts, pairs or None), read_config(engine.directory)[1]
-    for begin in range(0, len(rows), 32):
-        shares = probabilities(raw, engine(encoder.collate(rows[begin:begin + 32])))
+    for begin in range(0, len(rows), ROWS_AT_ONCE):
+        shares = probabilities(raw, engine(encoder.collate(rows[begin:begin + ROWS_AT_ONCE])))
         if not bool(shares.isfinite().all()):
-            raise InputError(f"{engine.directory} answers with what is no number: its weights are so large that sums "
-                             f"of them overflow; give another model")
+            raise InputError(NO_NUMBER.format(engine.directory))
         names = class_names(raw, shares.shape[1])
         results += [(names[int(row.argmax())], float(row.max())) for row in shares]
     return results

@@ -10,6 +10,13 @@ from formats.run import reason_of
 from model import PRESETS, InputError
 
 OF_VECTORS = ("retrieval", "stsb")         # what --evaluate measures of an encoder's vectors
+MODES = {                                  # with which of the five a flag goes, where not with all
+    "max_len": ("text", "embed", "evaluate", "benchmark"), "text_pair": ("text",), "context": ("text",),
+    "to": ("embed",), "engine": ("text", "embed", "evaluate", "size"),
+    "task": ("evaluate",), "against": ("evaluate",), "data": ("evaluate",), "split": ("evaluate",),
+    "predictions": ("evaluate",), "limit": ("evaluate",), "agreement": ("evaluate",), "batch_size": ("benchmark",),
+    "random": ("benchmark", "size"), "sparsity": ("benchmark", "size"), "pattern": ("benchmark", "size"),
+}
 
 
 def parse(arguments, description, engines):
@@ -25,7 +32,7 @@ def parse(arguments, description, engines):
     parser.add_argument("--engine", choices=engines, default="auto")
     parser.add_argument("--threads", type=thread_count, help="default: torch's own choice")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--max-len", type=positive_int, help="tokens per row; default: as trained, or 128")
+    parser.add_argument("--max-len", type=positive_int, help="tokens of a row; default: as trained, or all the model takes")
     parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
     parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
     parser.add_argument("--to", metavar="FILE", help="with --embed: a .npy, or .jsonl as on standard output by default")
@@ -45,23 +52,23 @@ def parse(arguments, description, engines):
     settings = parser.parse_args(arguments)
     if (settings.model is None) != bool(settings.random):
         parser.error("give either MODEL_DIR or --random PRESET")
-    if settings.predictions and not settings.evaluate:
-        parser.error("--predictions goes with --evaluate")
+    mode = next(name for name in ("text", "embed", "evaluate", "benchmark", "size")
+                if getattr(settings, name) not in (None, False))
+    for name, modes in MODES.items():
+        if mode not in modes and getattr(settings, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} goes with {' or '.join('--' + each for each in modes)}, not with "
+                         f"--{mode}")
     if settings.split == "test" and not settings.predictions:
         parser.error("--split test has no labels, so that there is nothing but predictions; give --predictions FOLDER")
-    if settings.to and not (settings.embed and settings.to.endswith((".npy", ".jsonl"))):
-        parser.error("--to goes with --embed, and names a .npy or .jsonl file")
+    if settings.to and not settings.to.endswith((".npy", ".jsonl")):
+        parser.error(f"--to {settings.to} names no .npy or .jsonl file")
+    if not settings.random and (settings.sparsity is not None or settings.pattern != parser.get_default("pattern")):
+        parser.error("--sparsity and --pattern go with --random; a model has its own")
     if settings.task in OF_VECTORS and (settings.predictions or settings.agreement):
         parser.error(f"--predictions and --agreement go with a task for classes or answers; beside --task "
                      f"{settings.task}, --against DIR compares")
-    if settings.against and not (settings.evaluate and settings.task in OF_VECTORS):
-        parser.error("--against goes with --evaluate --task retrieval or stsb")
-    if (settings.text_pair or settings.context) and not settings.text:
-        parser.error("--text-pair and --context go with --text")
-    if settings.limit and not settings.evaluate:
-        parser.error("--limit goes with --evaluate")
-    if settings.random and not (settings.benchmark or settings.size):
-        parser.error("--random has random weights: it goes with --benchmark and --size only")
+    if settings.against and settings.task not in OF_VECTORS:
+        parser.error("--against goes with --task retrieval or stsb")
     return settings
 
 

@@ -9,7 +9,7 @@ import torch
 import prune
 from data import corpus, shards, tasks, text, tiny
 from data.batches import rows_at_once
-from data.encode import tiny_world, tokenizer_of
+from data.encode import check_pairs, tiny_world, tokenizer_of
 from data.recipes import RECIPES
 from formats import model_directory
 from formats.command import MOST_THREADS
@@ -33,6 +33,8 @@ def preset_for(s):
     """The size that the recipe is for, or that --init has; else tiny. InputError if these two differ."""
     wanted = RECIPES[s.recipe]["model"]["preset"] if s.recipe else ""
     shape = preset_of(locate(s.init)) if s.init not in ("", "random") else ""
+    if shape is None and s.stage == "evaluate":             # which has no recipe
+        return "tiny"
     if shape is None:
         raise InputError(f"{s.init} has the shape of no preset; name the recipe to use with --preset "
                          f"{'|'.join(PRESETS)}")
@@ -51,6 +53,22 @@ def recipe_for(s, typed):
     if "steps" in typed or "epochs" in typed:
         chosen = {name: value for name, value in chosen.items() if name not in ("steps", "epochs")}
     return chosen
+
+
+def ramp_of(s):
+    """The settings' shares of the run as optimizer steps, or None where the stage does not prune. InputError if the run
+    ends before the ramp does."""
+    if s.mask != "gradual":
+        return None
+    every = max(1, round(s.update_every * s.steps))
+    # The last update falls on a multiple of `every` at or after the ramp's end, so that the target is always reached.
+    end = max(1, math.ceil(s.ramp_end * s.steps / every)) * every
+    if end >= s.steps:
+        raise InputError(f"{s.steps} steps are too few to prune in: the ramp ends after step {end}; give more --steps")
+    if 2 * round(s.warmup * s.steps) > s.steps - end:
+        raise InputError(f"--warmup {s.warmup:g} takes more than half of the {s.steps - end} steps behind the ramp, "
+                         f"over which the learning rate falls, and its peak would be far above --lr; give less")
+    return prune.Ramp(s.sparsity, 0, end, max(end, math.floor(s.update_end * s.steps)), every)
 
 
 def follow_zeros(s, chosen):
@@ -105,10 +123,10 @@ def has_dropout(s, init):
     return (max(own) if s.dropout is None else s.dropout) > 0
 
 
-def check_teacher(directory, model, tokenizer, say):
-    """InputError unless an id means the same to the teacher in `directory` as to the student; `say` is told of a term
-    of the loss that this teacher does not have."""
-    theirs, ours = tokenizer_of(directory).get_vocab(), tokenizer.get_vocab()
+def check_teacher(directory, model, data, say):
+    """InputError unless the teacher in `directory` takes the student's rows, and an id means the same to both; `say` is
+    told of a term of the loss that this teacher does not have. data: a text.PretrainingData or tasks.TaskData."""
+    theirs, ours = tokenizer_of(directory).get_vocab(), data.tokenizer.get_vocab()
     if theirs != ours:
         other = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
                     key=lambda token: (ours.get(token, 2 ** 31), token))
@@ -116,13 +134,16 @@ def check_teacher(directory, model, tokenizer, say):
                          f"{theirs.get(other, 'not in it')}, and {ours.get(other, 'not in it')} in the student's; give "
                          f"a teacher of the same vocabulary, or --teacher none")
     config = read_config(directory)[0]
+    check_length(data.max_length, config, f"of the teacher {directory}")
+    check_pairs(config, data.next_sentence if hasattr(data, "next_sentence") else len(data.task.text_columns) != 1,
+                directory)
     if model.kind == "pretraining" and config.vocab_size != model.config.vocab_size:
         raise InputError(f"the teacher {directory} predicts {config.vocab_size} tokens and the student "
                          f"{model.config.vocab_size}; give a teacher of the same vocabulary, or --teacher none")
-    sizes = (config.hidden_size, config.num_hidden_layers)
-    if model.kind == "encoder" and sizes != (model.config.hidden_size, model.config.num_hidden_layers):
-        raise InputError(f"--kd-target hidden needs a teacher of the student's {model.config.num_hidden_layers} layers "
-                         f"of {model.config.hidden_size}, and {directory} has {sizes[1]} of {sizes[0]}")
+    sizes, wanted = ((each.num_hidden_layers, each.hidden_size, each.model_type) for each in (config, model.config))
+    if model.kind == "encoder" and sizes != wanted:
+        raise InputError(f"--kd-target hidden needs a teacher of the student's {wanted[0]} layers of {wanted[1]} "
+                         f"({wanted[2]}), and {directory} has {sizes[0]} of {sizes[1]} ({sizes[2]})")
     if model.kind == "pretraining" and config.model_type == "distilbert" != model.config.model_type:
         say(f"the teacher {directory} has no next-sentence head: that term comes from the labels alone")
 
@@ -135,7 +156,7 @@ def check_numbers(s):
 
     demand(0 < s.threads <= MOST_THREADS, "threads", f"1 to {MOST_THREADS}")
     for name in ("steps", "epochs", "batch_size", "micro_batch"):
-        demand(getattr(s, name) is None or getattr(s, name) > 0, name, "a number above 0")
+        demand(getattr(s, name) is None or 0 < getattr(s, name) < 2 ** 31, name, "a number above 0, below 2147483648")
     for name in ("lr", "temperature"):
         demand(0 < getattr(s, name) < math.inf, name, "a number above 0")
     demand(0 < s.beta2 < 1, "beta2", "a number between 0 and 1")
@@ -159,6 +180,9 @@ def check_stage(s, allowed_masks):
     if encoder and not s.teacher:
         raise InputError("--stage quantize --kd-target hidden needs --teacher, the dense encoder whose hidden states "
                          "are to be kept")
+    if s.stage in ("pretrain", "prune") and s.task:
+        raise InputError(f"--stage {s.stage} trains on the text of --corpus; leave out --task {s.task}, and give it to "
+                         f"--stage finetune")
     if s.stage == "pretrain" and s.sparsity:
         raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
                          f"--stage prune")
@@ -219,7 +243,7 @@ def files_of(s, init, teacher):
     if s.task:
         folder = data_folder(s) / tasks.TASKS[s.task].folder
         files["data"] = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    else:
+    if not s.task or init is None:                        # which a new tokenizer is learnt from, too
         tokens = corpus_path(s) / "index.json"            # of a folder of tokens: it names the text they come from
         files["corpus"] = [tokens] if tokens.is_file() else corpus.corpus_files(corpus_path(s))
     return files
@@ -255,7 +279,7 @@ def start_vocabulary(model, data):
         model.bias[:len(known)] = known
 
 
-def check_length(length, config):
+def check_length(length, config, whose="of the model"):
     """InputError if the model has no position embeddings for rows of `length` tokens."""
     if length > config.max_position_embeddings:
-        raise InputError(f"--max-len {length} is more than the model's {config.max_position_embeddings} positions")
+        raise InputError(f"--max-len {length} is more than the {config.max_position_embeddings} positions {whose}")

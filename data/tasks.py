@@ -342,7 +342,7 @@ class TaskData:
         if room < 1 or (len(context_ids) > room and room <= self.stride):
             raise DataError(f"max_length {self.max_length} is too short for SQuAD: the question "
                             f"{question.question!r} leaves room for {room} tokens of the text, expected more than the "
-                            f"{self.stride} by which windows overlap; use max_length 384, or a smaller stride")
+                            f"{self.stride} by which windows overlap; give --max-len 384")
         first_token, last_token = -1, -1
         if question.answers:
             text, start = question.answers[0]
@@ -449,7 +449,10 @@ class TaskData:
         return files
 
     def notes(self) -> list[str]:
-        """A line for every split with rows that were left out; none is left out in silence."""
+        """A line for every split with rows that were left out; none is left out in silence. All splits are tokenized
+        here at the latest: what does not fit shows before the first step."""
+        for split in self._examples:
+            self._split_rows(split)
         reason = "without an agreed label" if self.task.name == "mnli" else "that are cut short"
         return [f"{split}: left out {len(rows)} rows {reason}" for split, rows in self.left_out.items() if rows]
 

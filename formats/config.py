@@ -96,6 +96,16 @@ def config_json(config, kind, labels=None, compression=None):
     return values
 
 
+def rounding_of(directory):
+    """(activation bits, 'row' or 'tensor') with which a model was trained. InputError for one that was not rounded."""
+    record = compression_of(directory)
+    bits, scales = record.get("activation_bits"), record.get("weight_scales")
+    if bits not in range(2, 9) or scales not in ("row", "tensor"):
+        raise InputError(f"{Path(directory) / 'config.json'} has no activation_bits from 2 to 8 and weight_scales; run "
+                         f"python train.py --stage quantize first")
+    return bits, scales
+
+
 def preset_of(directory):
     """The preset whose shape a model directory has, None if there is none."""
     config, _ = read_config(directory)

@@ -39,7 +39,7 @@ def save(model, directory, labels=None, compression=None):
         if name in masked:
             stem = theirs.removesuffix("weight")
             extra[stem + "mask_bits"] = pack_bits(masked[name].mask)
-            if masked[name].act_range[0] <= masked[name].act_range[1]:
+            if masked[name].fake_quant is not None and masked[name].act_range[0] <= masked[name].act_range[1]:
                 extra[stem + "act_range"] = masked[name].act_range
     write_safetensors(directory / "model.safetensors", weights)
     write_safetensors(directory / "compression.safetensors", extra)

@@ -23,7 +23,7 @@ def processes():
 
 def started_together():
     """How many processes torchrun started, before they have met; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1     # some clusters set the first alone
 
 
 def join_processes(batch_size, micro_batch, device):

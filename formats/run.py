@@ -126,8 +126,10 @@ class Progress:
 
 def versions(root):
     """What made a figure: the commit of the program in the folder `root` (None outside git), packages, machine."""
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"git_commit": commit.stdout.strip() or None, "python": platform.python_version(),
+    commit = ""
+    with contextlib.suppress(OSError):                  # there may be no git
+        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    return {"git_commit": commit.strip() or None, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": numpy.__version__, "tokenizers": tokenizers.__version__,
             "machine": platform.machine(), "processor": processor_name(), "cores": cores(),
             "system": platform.platform()}

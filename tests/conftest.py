@@ -91,7 +91,7 @@ def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         train.main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if line.strip() and "step/s]" not in line]     # without the bar
+    lines = [line for line in printed.err.splitlines() if line.strip() and "step/s" not in line]      # without the bar
     assert stopped.value.code == 2 and "Traceback" not in printed.err and len(lines) == 1, printed.err
     return lines[0]
 

@@ -214,9 +214,10 @@ def test_bad_input_leaves_nothing_behind(folder, tmp_path, capsys, monkeypatch, 
             ([folder, "--embed", tmp_path / "nothing.txt", "--to", tmp_path / "v.npy"], "No such file"),
             ([folder, "--embed", tmp_path / "bad.txt", "--to", tmp_path / "none" / "v.npy"], "--to"),
             ([folder, "--embed", tmp_path / "bad.txt", "--to", tmp_path / "v.txt"], ".npy or .jsonl"),
-            ([folder, "--text", "a", "--to", tmp_path / "v.npy"], "--to goes with --embed"),
+            ([folder, "--text", "a", "--to", tmp_path / "v.npy"], "--to goes with --embed, not with --text"),
             ([folder, "--embed", tmp_path / "bad.txt", "--limit", "3"], "--limit goes with --evaluate"),
-            ([folder, "--embed", tmp_path / "bad.txt", "--text-pair", "a"], "go with --text"),
+            ([folder, "--embed", tmp_path / "bad.txt", "--text-pair", "a"], "--text-pair goes with --text"),
+            ([folder, "--embed", ""], "--embed :"),
             ([folder, "--embed", tmp_path / "endless.txt", "--to", tmp_path / "v.npy"], "line 1 of"),
             ([folder, "--evaluate", "--task", "stsb", "--data", tmp_path], "STS-B"),
             ([folder, "--evaluate", "--task", "stsb", "--data", tmp_path / "numbers"], "no number"),
@@ -247,8 +248,8 @@ def test_stopped_it_leaves_nothing_behind(folder, tmp_path, capsys, monkeypatch)
 
 def test_a_reader_may_have_enough(folder, tmp_path):
     (tmp_path / "lines.txt").write_text("a film\n" * 3000)
-    found = subprocess.run(f"{sys.executable} {ROOT / 'infer_cpu.py'} {folder} --embed {tmp_path / 'lines.txt'} | head -1",
-                           shell=True, capture_output=True, text=True)
+    command = f"{sys.executable} {ROOT / 'infer_cpu.py'} {folder} --embed {tmp_path / 'lines.txt'} | head -1"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert len(json.loads(found.stdout)) == 128 and found.returncode == 0
     assert "Broken pipe" not in found.stderr and "Traceback" not in found.stderr
 

@@ -60,12 +60,6 @@ def test_the_loss_by_hand(config):
     assert distill.loss(teacher, teacher, batch, distill.denominators([batch]))[1]["hidden"] == 0
 
 
-def test_a_teacher_without_a_pooler_teaches_the_layers_alone():
-    batch = make_batch("classification")
-    total, parts = distill.loss(make(0), make(1, DISTILBERT), batch, distill.denominators([batch]))
-    assert parts.keys() == {"hidden"} and float(total.detach()) == pytest.approx(parts["hidden"])
-
-
 @pytest.mark.parametrize("pooling", sentence.POOLINGS)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_sentence_encoders_vector_is_learnt_too(pooling, normalize):

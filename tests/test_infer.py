@@ -298,6 +298,23 @@ def test_answers_equal_one_text_at_a_time(directories, world):
     assert span and span in "Ada wrote it." and isinstance(score, float)
 
 
+def test_a_long_context_goes_through_in_pieces(directories, monkeypatch):
+    """Its windows, that is; a span whose logits are no numbers is no answer."""
+    squad, rows = infer_cpu.load(directories["squad"], "int8", say=silent), []
+    context = " ".join(f"Ada wrote number {number} of them." for number in range(40))
+    whole = squad.answer(["who wrote it?"], contexts=[context])
+    monkeypatch.setattr(encode, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(infer_cpu.Engine, "__call__", lambda self, batch, call=infer_cpu.Engine.__call__: (
+        rows.append(len(batch["input_ids"])) or call(self, batch)))
+    (span, score), = squad.answer(["who wrote it?"], contexts=[context])
+    assert span == whole[0][0] and score == pytest.approx(whole[0][1], abs=1e-4)
+    assert len(rows) > 2 and set(rows) <= {1, 2}
+    monkeypatch.setattr(infer_cpu.Engine, "__call__", lambda self, batch: 2 * [
+        torch.full(batch["input_ids"].shape, torch.nan)])
+    with pytest.raises(InputError, match="no number"):
+        squad.answer(["who wrote it?"], contexts=[context])
+
+
 # ---------------------------------------------------------------- the command
 
 def run(*arguments):
@@ -414,6 +431,10 @@ def bad_commands(directories, world, tmp_path):
         ([blocks, "--evaluate", "--task", "squad"], "span model"),
         ([blocks, "--evaluate", "--task", "mnli", "--data", folder], "mnli"),
         ([blocks, "--text", "x", "--predictions", tmp_path], "--evaluate"),
+        ([blocks, "--text", "x", "--batch-size", 7], "--batch-size goes with --benchmark"),
+        ([blocks, "--text", "x", "--pattern", "1x4"], "--pattern goes with --benchmark or --size"),
+        ([blocks, "--size", "--sparsity", 0.5], "go with --random"),
+        ([blocks, "--benchmark", "--engine", "int8"], "--engine goes with --text or --embed or --evaluate or --size"),
         ([blocks, "--evaluate", "--split", "test"], "--predictions"),
         ([blocks, "--evaluate", "--data", folder, "--predictions", blocks / "config.json"], "--predictions"),
         ([squad, "--evaluate", "--data", folder, "--split", "test", "--predictions", tmp_path], "not published"),

@@ -17,7 +17,7 @@ from formats.safetensors import read_safetensors
 STEPS = 4
 OTHER_BITS = str(15 - default_activation_bits())        # of 7 and 8, that which is not this CPU's default
 COMMON = [("--seed", "1"), ("--steps", "5"), ("--batch-size", "4"), ("--max-len", "8"), ("--lr", "0.005"),
-          ("--beta2", "0.9"), ("--warmup", "0.5"), ("--weight-decay", "0.5"), ("--dropout", "0.3")]
+          ("--beta2", "0.9"), ("--warmup", "0.25"), ("--weight-decay", "0.5"), ("--dropout", "0.3")]
 TAUGHT = [("--temperature", "7"), ("--kd-weight", "0.1"), ("--teacher", "none")]
 OPTIONS = {
     "pretrain": [*COMMON, ("--precision", "fp32")],

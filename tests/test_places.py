@@ -16,6 +16,7 @@ from test_elsewhere import foreign, pack
 
 import infer_cpu
 import model as network
+import quant
 import train
 from data import settings
 from formats import files, model_directory, run
@@ -317,20 +318,22 @@ def test_activation_ranges_do_not_depend_on_the_micro_batch(world, chain, tmp_pa
         assert all(torch.allclose(found[rows][0][name], tensor, atol=1e-4) for name, tensor in found[8][0].items())
 
 
-def test_padding_is_not_seen(chain):
-    model = model_directory.load(chain / "sst2/teacher", "classification")
+@pytest.mark.parametrize("kind", ["classification", "encoder"])
+def test_padding_is_not_seen(kind, chain):
+    """Of an encoder, whose hidden states are distilled one after the other, neither."""
+    model = model_directory.load(chain / "sst2/teacher", kind, say=lambda line: None)
     network.set_dropout(model, 0.0)
     ids = torch.randint(5, 300, (4, 20), generator=torch.Generator().manual_seed(0))
     mask, types = torch.ones_like(ids), torch.zeros_like(ids)
     mask[1, 9:], mask[3, 2:] = 0, 0
     seen = {}
     for name, length in (("padded", 20), ("row by row", None)):
-        train.quant.prepare(model, 8)
+        quant.prepare(model, 8)
         model.train()
         for row in [slice(0, 4)] if length else range(4):
             part = (ids[row], mask[row], types[row]) if length else [
                 each[row:row + 1, :int(mask[row].sum())] for each in (ids, mask, types)]
-            model(*part)
+            model(*part) if kind == "classification" else model.encoder.pooled([*model.encoder.states(*part)][-1])
         seen[name] = {key: layer.seen.clone() for key, layer in network.linears(model)}
         for _, layer in network.linears(model):
             layer.seen.copy_(torch.tensor(network.NO_RANGE))
@@ -393,6 +396,9 @@ def test_ranges_of_a_model_that_was_never_rounded_are_not_read(tmp_path):
     model = model_directory.load(tmp_path, "classification")
     for _, layer in network.linears(model):
         layer.act_range.zero_()
+    model_directory.save(model, tmp_path)                   # what no rounding looks at is not written at all
+    assert not any(name.endswith("act_range") for name in read_safetensors(tmp_path / "compression.safetensors")[0])
+    quant.prepare(model, 8)
     model_directory.save(model, tmp_path)
     assert all(layer.act_range.tolist() == list(network.NO_RANGE)
                for _, layer in network.linears(model_directory.load(tmp_path, "classification")))

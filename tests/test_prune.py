@@ -61,6 +61,7 @@ def test_resolve_sparsity():
     assert resolve_sparsity(None, Pattern(keep=2, group=4)) == 0.5
     assert resolve_sparsity(0.75, Pattern(keep=1, group=4)) == 0.75
     assert resolve_sparsity(2 / 3, Pattern(keep=1, group=3)) == pytest.approx(2 / 3)
+    assert resolve_sparsity(float(f"{2 / 3:g}"), Pattern(keep=1, group=3)) == 1 - 1 / 3         # as we print it
     for sparsity in (1.0, 1.5, -0.1, 85, float("nan"), float("inf")):
         assert "--sparsity" in error_of(resolve_sparsity, sparsity, Pattern())
     message = error_of(resolve_sparsity, 0.85, Pattern(keep=2, group=4))

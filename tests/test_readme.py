@@ -181,7 +181,8 @@ def test_speeds_are_the_measured_ones():
     vnni, avx2 = (" and ".join(f"{row['ms']['ONNX Runtime dynamic int8'] / row['ms']['native, 1x4 80 %']:.1f}"
                                for row in SPEED[cpu]["base"]["rows"])
                   for cpu in ("AMD EPYC, AVX-512 VNNI", "AMD EPYC, AVX2"))
-    assert f"makes there {avx2} times" in README and f"with AVX-512 VNNI {vnni} times" in " ".join(README.split())
+    text = " ".join(README.split())
+    assert f"our engine is {avx2} times as fast as ONNX" in text and f"with AVX-512 VNNI {vnni} times" in text
     assert all(f"on an {cpu.split(', ')[0]} with {cpu.split(', ')[1]}" in " ".join(README.split()) for cpu in SPEED)
 
 
@@ -224,10 +225,10 @@ def test_training_speeds_are_the_measured_ones():
         return f"{ours / theirs:.{digits}f}"
 
     pretraining = [(size, "ours, all positions", "transformers, all positions") for size in ("minilm-l6", "bert-base")]
-    fast, lean, same = (" and ".join(ratios(key, *names, precision, digits) for names in pretraining)
+    fast, lean, same = ([ratios(key, *names, precision, digits) for names in pretraining]
                         for key, precision, digits in (("per_second", "fp32", 1), ("peak_gb", "fp32", 2),
                                                        ("per_second", "bf16", 1)))
-    task = " and ".join(ratios("per_second", "sst2", "ours", "transformers Trainer", precision, 1)
-                        for precision in ("fp32", "bf16"))
+    task = [ratios("per_second", "sst2", "ours", "transformers Trainer", precision, 1) for precision in ("fp32", "bf16")]
     text = " ".join(README.split())
-    assert f"{fast} times as fast in {lean} of the memory; both in bf16: {same} times. SST-2: {task} times." in text
+    assert (f"MiniLM-L6 {fast[0]} times as fast in {lean[0]} of the memory, BERT-Base {fast[1]} times in {lean[1]}; both in "
+            f"bf16: {same[0]} and {same[1]} times. SST-2: {task[0]} times, both in bf16 {task[1]} times.") in text

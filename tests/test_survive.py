@@ -19,6 +19,7 @@ from kill_and_resume import torture
 
 import train
 from formats import processes, run, safetensors
+from model import InputError
 
 
 def stop_after(steps, arguments, out):
@@ -169,6 +170,36 @@ def last_line(path):
     lines = [line for line in path.read_text().splitlines() if line.strip() and "step/s]" not in line]
     assert "Traceback" not in path.read_text(), path.read_text()
     return lines[-1]
+
+
+def test_what_fails_after_the_last_step_costs_no_step(world, chain, tmp_path, capsys, monkeypatch):
+    arguments = [*commands(world, tmp_path)["prune"], "--init", str(chain / "pretrain"), "--teacher",
+                 str(chain / "pretrain")]
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "finish_stage", lambda *_: (_ for _ in ()).throw(InputError("the disk is gone")))
+        assert "the disk is gone" in fails(capsys, *arguments)
+    monkeypatch.setattr(train.distill, "denominators", lambda batches: pytest.fail("a step was done again"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {})
+    train.main([*arguments, "--resume"])
+    out = tmp_path / DIRECTORIES["prune"]
+    found, expected = weights(out), weights(chain / DIRECTORIES["prune"])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()) and not list(out.glob("*.pt"))
+
+
+def test_without_git_no_commit_is_named(monkeypatch):
+    def nothing(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory", "git")
+    assert run.versions(ROOT)["git_commit"]
+    monkeypatch.setattr(run.subprocess, "run", nothing)
+    assert run.versions(ROOT)["git_commit"] is None
+
+
+def test_a_cluster_that_counts_processes_but_starts_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert processes.started_together() == 1
+    monkeypatch.setenv("RANK", "0")
+    assert processes.started_together() == 4
 
 
 def test_full_disk(world, chain, tmp_path, monkeypatch):
@@ -391,6 +422,7 @@ def test_processes_that_disagree_do_not_start(world, tmp_path):
 
 def test_what_several_processes_cannot_do(world, chain, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     assert "--stage all" in fails(capsys, "--stage", "all", "--out", tmp_path / "out")
     assert "--stage evaluate" in fails(capsys, "--stage", "evaluate", "--init", chain / "pretrain")
     assert "multiple" in fails(capsys, *commands(world, tmp_path / "out")["pretrain"])

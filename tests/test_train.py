@@ -17,7 +17,7 @@ from conftest import DIRECTORIES, ROOT, SHORT, commands, fails, save_every
 import model as network
 import prune
 import train
-from data import batches, encode, recipes
+from data import batches, encode, recipes, tasks
 from formats import model_directory, run, safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,6 +122,10 @@ def test_evaluate_reads_what_the_stage_wrote(chain, world, capsys):
         train.main(["--stage", "evaluate", "--init", str(chain / name), "--task", "sst2", "--data", str(world)])
         stored = json.loads((chain / name / "metrics.json").read_text())["metrics"]
         assert f"accuracy {stored['accuracy']:.4f}" in capsys.readouterr().out
+    train.main(["--stage", "evaluate", "--init", str(chain / "pretrain"), "--corpus", str(world / "corpus.txt")])
+    stored = json.loads((chain / "pretrain" / "metrics.json").read_text())["metrics"]
+    printed = capsys.readouterr().out
+    assert all(f"{name} {value:.4f}" in printed for name, value in stored.items()), (stored, printed)
 
 
 def test_evaluate_takes_rows_as_typed_or_as_trained_or_as_published(chain, world, tmp_path, monkeypatch, capsys):
@@ -283,7 +287,8 @@ def test_precedence_default_recipe_command_line():
     recipe = recipes.RECIPES["tiny"]["pretrain"]
     resolved = train.resolve({"stage": "pretrain"})
     assert resolved.lr == recipe["lr"] != train.Settings.lr                       # recipe over default
-    assert resolved.weight_decay == train.Settings.weight_decay                   # default where the recipe is silent
+    assert "temperature" not in recipe                                            # default where the recipe is silent
+    assert resolved.temperature == train.Settings.temperature
     assert train.resolve({"stage": "pretrain", "lr": 0.5}).lr == 0.5              # command line over both
     assert train.resolve({"stage": "pretrain", "epochs": 2.0}).steps is None      # --epochs replaces the recipe's steps
 
@@ -305,8 +310,28 @@ def test_ramp_scales_with_the_steps():
     assert train.ramp_of(train.resolve({"stage": "prune", "preset": "bert-base", "sparsity": 0.9})) == \
         prune.Ramp(0.9, 0, 50_000, 80_000, 1_000)
     for steps in (12, 77, 300, 1001):
-        ramp = train.ramp_of(train.resolve({"stage": "prune", "steps": steps}))
-        assert any(prune.updates_at(t, ramp) and prune.sparsity_at(t, ramp) == 0.85 for t in range(steps))
+        for typed in ({}, {"ramp_end": 0.0}, {"ramp_end": 0.0, "update_end": 0.0}):         # the last two: in one shot
+            ramp = train.ramp_of(train.resolve({"stage": "prune", "steps": steps, **typed}))
+            assert any(prune.updates_at(t, ramp) and prune.sparsity_at(t, ramp) == 0.85 for t in range(steps))
+
+
+def test_the_peak_of_a_rewound_rate_stays_near_the_one_asked_for():
+    for warmup in (0.0, 0.1, 0.25):
+        s = train.resolve({"stage": "prune", "warmup": warmup})
+        ramp, steps = train.ramp_of(s), round(warmup * s.steps)
+        assert max(prune.learning_rate_factor(t, s.steps, steps, ramp) for t in range(s.steps)) <= 2
+    with pytest.raises(network.InputError, match="--warmup 0.3 takes more than half of the 500 steps"):
+        train.ramp_of(train.resolve({"stage": "prune", "warmup": 0.3}))
+
+
+def test_the_whole_chain_takes_no_teacher_for_an_answer(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train, "run_stage", lambda s: seen.append(s) or tmp_path)
+    monkeypatch.setattr(train, "engine_report", lambda *_: pytest.fail("not reached") if not seen else sys.exit(0))
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "all", "--teacher", "none", "--task", "sst2", "--out", str(tmp_path)])
+    assert [s.stage for s in seen] == ["pretrain", "prune", "finetune", "finetune", "quantize"]
+    assert {s.teacher for s in seen} == {"none"}
 
 
 def test_quantize_never_runs_in_bf16(monkeypatch):
@@ -345,6 +370,9 @@ def test_quantize_never_runs_in_bf16(monkeypatch):
     (["--stage", "prune", "--mask", "dense"], ["--mask", "dense", "gradual"]),
     (["--stage", "pretrain", "--mask", "gradual"], ["--mask", "gradual", "dense"]),
     (["--stage", "finetune", "--task", "sst2", "--mask", "dense"], ["--mask", "dense", "locked"]),
+    (["--stage", "prune", "--task", "sst2"], ["--task sst2", "finetune"]),
+    (["--stage", "pretrain", "--epochs", "inf"], ["--epochs", "above 0"]),
+    (["--stage", "all", "--teacher", "/some/model"], ["--teacher /some/model"]),
     (["--stage", "finetune", "--task", "sst2", "--mask", "locked", "--sparsity", "0"], ["--mask", "locked", "dense"]),
 ])
 def test_bad_settings(arguments, named, capsys, tmp_path):
@@ -361,6 +389,8 @@ def test_missing_parent_names_its_command(capsys, tmp_path):
     assert "--stage prune --pattern 1x4 --sparsity 0.8" in fails(
         capsys, "--stage", "finetune", "--task", "sst2", "--pattern", "1x4", "--sparsity", "0.8", "--out", out)
     assert "--stage finetune --task qqp" in fails(capsys, "--stage", "quantize", "--task", "qqp", "--out", out)
+    assert "--init random" in fails(capsys, "--stage", "finetune", "--task", "qqp", "--mask", "gradual", "--init",
+                                    "random", "--out", out)
     assert not out.exists()
 
 
@@ -368,6 +398,29 @@ def test_missing_task_teacher_names_its_command(chain, world, capsys, tmp_path):
     message = fails(capsys, "--stage", "finetune", "--task", "qnli", "--init", chain / "prune-1x4-0.85", "--data",
                     world, "--out", tmp_path / "out", "--pattern", "1x4")
     assert "--task qnli --sparsity 0" in message
+
+
+def test_what_cannot_be_evaluated_is_said_before_the_first_step(world, chain, tmp_path, capsys):
+    """A question of the dev set that leaves no room for its context."""
+    shutil.copytree(world / "SQuAD", tmp_path / "SQuAD")
+    path = tmp_path / "SQuAD" / "dev-v1.1.json"
+    content = json.loads(path.read_text())
+    content["data"][0]["paragraphs"][0]["qas"][0]["question"] = "who " * 60
+    path.write_text(json.dumps(content))
+    message = fails(capsys, "--stage", "finetune", "--task", "squad", "--sparsity", "0", *SHORT, "--init",
+                    chain / "pretrain", "--steps", "3", "--max-len", "64", "--data", tmp_path, "--out", tmp_path / "out")
+    assert "--max-len 384" in message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, words", [({"max_position_embeddings": 40}, "40 positions of the teacher"),
+                                           ({"type_vocab_size": 1}, "one token type")])
+def test_a_teacher_takes_the_students_rows(change, words, chain, world, tmp_path, capsys):
+    shutil.copytree(chain / "pretrain", tmp_path / "teacher")
+    config = dataclasses.replace(model_directory.load(chain / "pretrain", "pretraining").config, **change)
+    model_directory.save(network.build(config, "pretraining"), tmp_path / "teacher")
+    message = fails(capsys, "--stage", "prune", *SHORT, "--steps", "12", "--init", chain / "pretrain", "--teacher",
+                    tmp_path / "teacher", "--corpus", world / "corpus.txt", "--out", tmp_path / "out")
+    assert words in message and not (tmp_path / "out").exists()
 
 
 def test_damaged_model_directories(chain, world, tmp_path, capsys):
@@ -477,6 +530,7 @@ def test_a_teacher_is_kept_in_the_precision_of_the_run(precision, dtype, chain):
     settings = train.Settings(stage="finetune", task="sst2", precision=precision)
     directory = chain / "sst2/teacher"
     model = model_directory.load(directory, "classification")
-    teacher = train.load_teacher(settings, directory, model, encode.tokenizer_of(directory), None, print)
+    data = tasks.TaskData("sst2", "", encode.tokenizer_of(directory), 48, splits=())
+    teacher = train.load_teacher(settings, directory, model, data, print)
     weights = [layer.weight for _, layer in network.linears(teacher)] + [teacher.encoder.word.weight]
     assert all(weight.dtype == dtype and not weight.requires_grad for weight in weights) and not teacher.training
