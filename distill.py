@@ -61,7 +61,7 @@ def hidden_loss(student, teacher, inputs, count):
     for ours, theirs in zip(student.encoder.states(*inputs), teacher.encoder.states(*inputs), strict=True):
         hidden = hidden + (relative_error(ours, theirs) * real).sum() / count["tokens"]
     terms, pairs = {"hidden": hidden}, {}
-    if student.encoder.pooler is not None:                  # DistilBERT has none
+    if student.encoder.pooler is not None and teacher.encoder.pooler is not None:       # DistilBERT has none
         pairs["pooled"] = student.encoder.pooled(ours), teacher.encoder.pooled(theirs)
     if student.sentence:
         pairs["vector"] = [student.sentence.pool(states, inputs[1]) for states in (ours, theirs)]

@@ -35,8 +35,8 @@ LESS |= dict.fromkeys(("bench.memory", "bench.step_time"), LESS["train.py"])
 # Commands that are not typed here: why, and where a small form of them is.
 ELSEWHERE = {
     "pytest": "it is this", "data/download.py": "asks the network; test_download.py", "bench.walk": "test_walk.py",
-    "bench.measure_minilm": "test_hidden.py", "bench.measure_speed": "wants other people's packages",
-    "bench.measure_training": "the same",
+    "bench.measure_minilm": "test_hidden.py", "bench.measure_encoder": "test_embed.py",
+    "bench.measure_speed": "wants other people's packages", "bench.measure_training": "the same",
 }
 
 

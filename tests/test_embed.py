@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 import infer_cpu
 import model as network
 import train
+from bench import measure_encoder
 from data import embed, encode
 from data.metrics import spearman
 from formats import model_directory, sentence
@@ -383,6 +384,33 @@ def test_pruned_and_rounded_without_a_task(rounded):
         for engine in ("int8", "native", *(("sparse",) if name != "int8-dense" else ())):
             found = infer_cpu.load(directory, engine, say=lambda line: None).embed(TEXTS)
             assert (found * expected).sum(1).min() > 0.9999, engine
+
+
+def test_the_evidence_for_an_encoder(encoder, world, tmp_path, monkeypatch):
+    """Made, judged, timed and embedded in a small form; and then only what is not there yet."""
+    sentence.write_sentence(sentence.Sentence("mean", True, 40), 128, encoder)
+    arguments = ["--init", str(encoder), "--corpus", str(world / "corpus.txt"), "--data", str(world), "--out",
+                 str(tmp_path / "out"), "--json", str(tmp_path / "encoder.json"), "--patterns", "1x4", "--steps", "12",
+                 "--threads", "1", "--lines", "200", "--texts", "6", "--rounds", "1"]
+    programs = {"train.py": train, "infer_cpu.py": infer_cpu}             # without the seconds that importing torch takes
+    monkeypatch.setattr(measure_encoder, "typed", lambda program, *typed: programs[program].main([*map(str, typed)]))
+    measure_encoder.main(arguments)
+    found = json.loads((tmp_path / "encoder.json").read_text())
+    model = found["models"]["int8-1x4-0.8"]
+    assert model["retrieval"].keys() == {
+        "recall_at_1", "recall_at_10", "against_recall_at_1", "against_recall_at_10", "cosine_mean",
+        "cosine_worst_percentile"} and model["runs"]["prune"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert model["runs"]["quantize"]["settings"]["kd_target"] == "hidden" and found["git_commit"]
+    dense, ours = found["speeds"]["dense, fp32 engine"], found["speeds"]["native, 1x4-0.8"]
+    assert dense["cosine_to_dense"] == pytest.approx(1, abs=1e-4) and 0.3 < ours["cosine_to_dense"] < 0.999
+    assert len(ours["texts_a_second"]) == 2 and min(ours["texts_a_second"]) > 0
+    assert [entry["lines"] for entry in found["memory"]] == [2, 200] and found["memory"][1]["peak_mb"] > 50
+    assert not list((tmp_path / "out").glob("lines.*"))
+    monkeypatch.setattr(measure_encoder, "speeds", lambda *_: {})
+    monkeypatch.setattr(measure_encoder, "embedded", lambda *_: {})
+    made = (tmp_path / "out" / "int8-1x4-0.8" / "metrics.json").stat().st_mtime_ns
+    measure_encoder.main(arguments)
+    assert (tmp_path / "out" / "int8-1x4-0.8" / "metrics.json").stat().st_mtime_ns == made
 
 
 def test_quantize_without_a_task_says_what_it_needs(encoder, tmp_path, world, capsys):
