@@ -12,6 +12,7 @@ environment of their own:
     python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 sentence-transformers onnx onnxruntime openvino nncf
 """
 import argparse
+import ast
 import itertools
 import json
 import os
@@ -96,12 +97,19 @@ def export(directory, folder, texts):
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from transformers import AutoModel
-    model = AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
-    model.config.return_dict = False
+
+    class States(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = AutoModel.from_pretrained(directory, attn_implementation="eager")
+
+        def forward(self, *inputs):
+            return self.encoder(**dict(zip(NAMES, inputs))).last_hidden_state
+
     path, ids = f"{folder}/dense.onnx", torch.randint(0, 1000, (2, 16))
-    torch.onnx.export(model, (ids, torch.ones_like(ids), torch.zeros_like(ids)), path, input_names=list(NAMES),
-                      output_names=["hidden", "pooled"], dynamic_axes={key: {0: "b", 1: "s"} for key in NAMES},
-                      opset_version=14, dynamo=False)
+    torch.onnx.export(States().eval(), (ids, torch.ones_like(ids), torch.zeros_like(ids)), path,
+                      input_names=list(NAMES), output_names=["hidden"],
+                      dynamic_axes={key: {0: "b", 1: "s"} for key in NAMES}, opset_version=14, dynamo=False)
     quantize_dynamic(path, f"{folder}/dense-int8.onnx", weight_type=QuantType.QInt8, per_channel=True)
     rows = [batch for _, batch in batches(texts, folder)]
     quantized = nncf.quantize(runtime.convert_model(path), nncf.Dataset(rows), model_type=nncf.ModelType.TRANSFORMER,
@@ -221,6 +229,14 @@ def speeds(options, directories, groups, rounds):
                    "cosine_to_dense": round(float((first * vectors[name]).sum(1).mean()), 4)} for name in workers}
 
 
+def versions(peers):
+    """{package: version} of the peers' environment, {} without one."""
+    packages = ["sentence-transformers", "transformers", "torch", "onnxruntime", "openvino", "nncf"]
+    code = "import sys, importlib.metadata as m; print([m.version(name) for name in sys.argv[1:]])"
+    return dict(zip(packages, ast.literal_eval(subprocess.run([peers, "-c", code, *packages], check=True, text=True,
+                                                              stdout=subprocess.PIPE).stdout))) if peers else {}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", required=True, help="the folder of the dense encoder")
@@ -231,11 +247,13 @@ def main(arguments=None):
     parser.add_argument("--patterns", type=lambda value: value.split(","), default=list(PATTERNS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", help="of pruning, in place of the recipe's: to try it out, or for less time")
+    parser.add_argument("--speed-only", action="store_true", help="of models pruned in a few steps")
     parser.add_argument("--lines", type=int, default=1_000_000, help="to embed in one file")
     parser.add_argument("--texts", type=int, default=512, help="of each kind, to time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", help="the Python of the environment above")
     options = parser.parse_args(arguments)
+    options.steps = options.steps or ("12" if options.speed_only else None)
     from bench.collect_runs import common
     from data.tasks import read_questions
     from formats.files import write_json
@@ -247,10 +265,11 @@ def main(arguments=None):
         directory, runs = made(options, pattern)
         directories.append(directory)
         records += runs.values()
-        result["models"][directory.name] = {**judged(options, directory), "runs": runs}
+        result["models"][directory.name] = {**({} if options.speed_only else judged(options, directory)), "runs": runs}
         write_json(options.json, {**result, **common(records)})
-    result["speeds"] = {"threads": options.threads, "groups": ["questions", "paragraphs"], **speeds(
-        options, directories, [group[:options.texts] for group in groups], options.rounds)}
+    groups = [group[:options.texts] for group in groups]
+    result["speeds"] = {"threads": options.threads, "groups": ["questions", "paragraphs"],
+                        "peers": versions(options.peers), "contenders": speeds(options, directories, groups, options.rounds)}
     result["memory"] = [embedded(options, directories[0], groups[0], count)
                         for count in (options.lines // 100 or 1, options.lines)]
     write_json(options.json, {**result, **common(records)})
