@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import infer_cpu
 import train
-from bench import draw_pictures
+from bench import draw_pictures, measure_tiny
 from data.tasks import TASKS
 
 ROOT = Path(train.__file__).resolve().parent
@@ -65,11 +65,11 @@ def test_tiny_numbers_are_the_measured_ones():
 
 def test_the_worst_of_the_tiny_world_is_the_measured_one():
     """The table of luck against bench/tiny.json and bench/spread.json."""
-    five, sixteen = (json.loads((ROOT / "bench" / name).read_text()) for name in ("tiny.json", "spread.json"))
+    five, many = (json.loads((ROOT / "bench" / name).read_text()) for name in ("tiny.json", "spread.json"))
     rows = dict(re.findall(r"^\| <!-- luck (\w+) -->[^|]*\| (.*) \|$", PAGES[ROOT / "docs" / "tiny_world.md"], re.M))
     assert set(rows) == {"dense", "sparse", "int8"}
     for kind, cells in rows.items():
-        worst, summary = five["worst"][kind], sixteen["summary"][kind]
+        worst, summary = five["worst"][kind], many["summary"][kind]
         expected = [worst["mnli"], worst["mnli-mm"],
                     *(summary[name][value] for name in ("accuracy", "accuracy_mismatched") for value in ("worst", "mean"))]
         assert cells == " | ".join(f"{100 * value:.1f}" for value in expected), kind
@@ -84,6 +84,22 @@ def test_the_first_table_is_what_the_first_command_printed():
         found = {task: runs[f"{task}/{folder}"] for task in ("sst2", "mnli", "qqp", "qnli", "squad")}
         metrics = {task: (run["engine"] if kind == "int8" else run)["metrics"] for task, run in found.items()}
         assert rows[kind] == " | ".join(f"{100 * metrics[task][TASKS[task].metric]:.2f}" for task in metrics)
+    worst = json.loads((ROOT / "bench" / "tiny.json").read_text())["worst"]
+    lowest = min(worst[kind][task] for kind in ("dense", "sparse", "int8") for task in measure_tiny.TASKS)
+    assert f"the lowest number of these rows is {100 * lowest:.1f}" in FRONT
+
+
+def test_speeds_of_encoders_are_the_measured_ones():
+    """The table of sentence_encoders.md against bench/encoder_speed.json."""
+    found = json.loads((ROOT / "bench" / "encoder_speed.json").read_text())
+    page = PAGES[ROOT / "docs" / "sentence_encoders.md"]
+    for name, row in found["speeds"]["contenders"].items():
+        assert f"| {name} | " + " | ".join(f"{speed:,.0f}" for speed in row["texts_a_second"]) + " |" in page
+    assert re.fullmatch("[0-9a-f]{40}", found["git_commit"]) and found["processor"] in page
+    for package, version in found["speeds"]["peers"].items():
+        assert f"{package} {version}" in page
+    for memory in found["memory"]:
+        assert f"{memory['lines']:,} lines {memory['peak_mb']:.0f} MB" in page
 
 
 def test_the_front_page_is_short_and_every_page_is_linked():
@@ -230,5 +246,5 @@ def test_training_speeds_are_the_measured_ones():
                                                        ("per_second", "bf16", 1)))
     task = [ratios("per_second", "sst2", "ours", "transformers Trainer", precision, 1) for precision in ("fp32", "bf16")]
     text = " ".join(README.split())
-    assert (f"MiniLM-L6 {fast[0]} times as fast in {lean[0]} of the memory, BERT-Base {fast[1]} times in {lean[1]}; both in "
-            f"bf16: {same[0]} and {same[1]} times. SST-2: {task[0]} times, both in bf16 {task[1]} times.") in text
+    assert (f"MiniLM-L6 {fast[0]} times as fast in {lean[0]} of the memory, BERT-Base {fast[1]} times in {lean[1]}; both "
+            f"in bf16: {same[0]} and {same[1]} times. SST-2: {task[0]} times, both in bf16 {task[1]} times.") in text

@@ -57,13 +57,13 @@ def test_luck_is_small_on_the_tiny_world():
     """Of every seed and of every fine-tuning: no task falls through, and INT8 follows its dense model."""
     rows, seeds = read("spread.json")["runs"], read("tiny.json")["seeds"]
     models = {tuple(row["upstream"]) for row in rows}
-    assert len({(*row["upstream"], row["seed"]) for row in rows}) == len(rows) == 8 * len(models) >= 16
+    assert len({(*row["upstream"], row["seed"]) for row in rows}) == len(rows) == 8 * len(models) == 32
     assert min(row["dense"]["accuracy"] for row in rows) > 0.88
     assert max(row["dense"]["accuracy"] - row["int8"]["accuracy"] for row in rows) < 0.04
     assert len(seeds) >= 5
     for seed in seeds.values():
         assert seed["dense"]["mnli"] > 0.88 and seed["dense"]["mnli"] - seed["int8"]["mnli"] < 0.04
-        assert min(seed[kind][task] for kind in ("dense", "sparse", "int8") for task in measure_tiny.TASKS) >= 0.99
+        assert min(seed[kind][task] for kind in ("dense", "sparse", "int8") for task in measure_tiny.TASKS) >= 0.98
     for kind, named in read("spread.json")["summary"].items():
         for name, value in named.items():
             assert value["worst"] == min(row[kind][name] for row in rows)
