@@ -161,18 +161,23 @@ class Encoder(nn.Module):
     def forward(self, input_ids, attention_mask, token_type_ids):
         """input_ids, attention_mask, token_type_ids: int64 (B, T). Returns hidden states (B, T, H)."""
         if self.kernel is not None:
+            self.check_length(input_ids.shape[1])
             return self.kernel(input_ids, attention_mask, token_type_ids)
         for x in self.states(input_ids, attention_mask, token_type_ids):
             pass
         return x
 
+    def check_length(self, length):
+        """InputError for rows of more tokens than there are position embeddings."""
+        most = self.config.max_position_embeddings
+        if length > most:
+            raise InputError(f"a row of {length} tokens is longer than the model's {most} positions; give --max-len "
+                             f"{most} or less")
+
     def states(self, input_ids, attention_mask, token_type_ids):
         """Yields the hidden states (B, T, H) after each layer in turn."""
         length = input_ids.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise InputError(f"a row of {length} tokens is longer than the model's "
-                             f"{self.config.max_position_embeddings} positions; give --max-len "
-                             f"{self.config.max_position_embeddings} or less")
+        self.check_length(length)
         if self.observe is not None:
             self.observe(attention_mask)
         x = self.word(input_ids) + self.position.weight[:length]                                # (B, T, H) + (T, H)
