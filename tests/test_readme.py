@@ -93,7 +93,13 @@ def test_speeds_of_encoders_are_the_measured_ones():
     """The table of sentence_encoders.md against bench/encoder_speed.json."""
     found = json.loads((ROOT / "bench" / "encoder_speed.json").read_text())
     page = PAGES[ROOT / "docs" / "sentence_encoders.md"]
-    for name, row in found["speeds"]["contenders"].items():
+    contenders = found["speeds"]["contenders"]
+    package, runtime = ([f"{ours / theirs:.1f}" for ours, theirs in zip(*(
+        contenders[each]["texts_a_second"] for each in ("native, 1x4-0.8", name)), strict=True)]
+        for name in ("sentence-transformers, fp32", "ONNX Runtime, dynamic INT8"))
+    assert f"{' and '.join(package)} times" in page and f"{' and '.join(runtime)} times" in page
+    assert f"{package[0]} times as many questions" in FRONT and f"{package[1]} times as many paragraphs" in FRONT
+    for name, row in contenders.items():
         assert f"| {name} | " + " | ".join(f"{speed:,.0f}" for speed in row["texts_a_second"]) + " |" in page
     assert re.fullmatch("[0-9a-f]{40}", found["git_commit"]) and found["processor"] in page
     for package, version in found["speeds"]["peers"].items():
