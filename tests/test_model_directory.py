@@ -12,6 +12,7 @@ import transformers
 from test_model import (CONFIGS, assert_same, error_of, every_published_class, make, make_batch, make_published,
                         our_outputs, their_outputs)
 
+import quant
 from formats import names
 from formats.config import read_config
 from formats.model_directory import load, save
@@ -229,6 +230,7 @@ def test_masks_and_ranges_survive_and_zeros_are_burned_in(model_type, tmp_path):
     with torch.no_grad():
         kept.weight[kept.mask] = 0.0                          # zeros that no mask asks for
     latent = {name: linear.weight.detach().clone() for name, linear in linears(model)}
+    quant.prepare(model, 8)
     save(model, tmp_path)
     again = load(tmp_path, "classification")
     for (name, before), (_, after) in zip(linears(model), linears(again)):
@@ -246,6 +248,7 @@ def test_compression_file_that_does_not_fit(tmp_path):
     model = make("classification")
     for _, linear in linears(model):
         linear.act_range.copy_(torch.tensor([-1.0, 2.0]))
+    quant.prepare(model, 8)
     save(model, tmp_path)
     path = tmp_path / "compression.safetensors"
     whole, _ = read_safetensors(path)

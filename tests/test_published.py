@@ -476,7 +476,9 @@ def test_every_stage_takes_a_name_for_init_and_teacher(hub, monkeypatch):
     assert (settings.pattern, settings.sparsity, settings.init) == ("1x4", 0.75, NAME)
     settings = finetune(NAME, teacher=NAME)
     assert train.parents_of(settings) == (hub.snapshot, hub.snapshot)
-    assert "no preset" in error_of(train.resolve, {"stage": "evaluate", "init": NAME})     # its size was looked up
+    unknown = {"stage": "finetune", "task": "sst2", "init": NAME}
+    assert "no preset" in error_of(train.resolve, unknown)                                 # its size was looked up
+    assert train.resolve({"stage": "evaluate", "init": NAME}).preset == "tiny"             # has no recipe, needs no size
 
 
 def one_sentence(capsys, *arguments):
