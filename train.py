@@ -280,11 +280,10 @@ def build_model_and_data(s, init, say):
     if row_of(s).data == "text":
         data = pretraining_data(s, tokenizer, s.max_len, config)
         kind, task = "encoder" if s.kd_target == "hidden" else "pretraining", None
-        check_pairs(config, data.next_sentence, init)
     else:
         data = tasks.TaskData(s.task, data_folder(s), tokenizer, s.max_len, seed=s.seed)
         kind, task = data.kind, data.task
-        check_pairs(config, len(task.text_columns) != 1, init)
+    check_pairs(config, data.pairs, init)
     for note in data.notes():
         say(note)
     if init:

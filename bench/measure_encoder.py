@@ -25,8 +25,10 @@ from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))           # a peer's process is started as a file
+from bench import measure_speed  # noqa: E402
+from bench.measure_speed import NAMES  # noqa: E402
+
 PATTERNS = {"1x4": "0.8", "unstructured": "0.85"}
-NAMES = ("input_ids", "attention_mask", "token_type_ids")
 BATCH = 32                              # sentence-transformers' own
 
 
@@ -46,14 +48,12 @@ def package(directory, threads):
 
 
 def onnxruntime(folder, threads):
-    import onnxruntime as runtime
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(f"{folder}/dense-int8.onnx", options, providers=["CPUExecutionProvider"])
-    return partial(encode, lambda batch: session.run(None, batch)[0], folder)
+    run = measure_speed.onnxruntime(f"{folder}/dense-int8.onnx", "", threads)
+    return partial(encode, lambda batch: run(batch)[0], folder)
 
 
 def openvino(folder, threads):
+    """Compiled once, for rows of any length: a shape of its own for each would be compiled anew all the time."""
     import openvino as runtime
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = runtime.Core().compile_model(f"{folder}/dense-int8.xml", "CPU", options)
@@ -208,25 +208,24 @@ def speeds(options, directories, groups, rounds):
                                        str(options.threads), str(folder / "texts.json")], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, text=True, env=environment)
                for name, (python, contender, path) in contenders.items()}
-
-    def answer(name):
-        line = workers[name].stdout.readline()
-        if not line:
-            raise SystemExit(f"measure_encoder.py: {name} stopped; its message is above")
-        return json.loads(line)
-    vectors = {name: np.concatenate([np.array(group) for group in answer(name)]) for name in workers}
+    vectors = {name: np.concatenate([np.array(group) for group in measure_speed.ask(name, worker, None)])
+               for name, worker in workers.items()}
     times = {name: [[] for _ in groups] for name in workers}
     for _, number, name in itertools.product(range(rounds), range(len(groups)), workers):
-        workers[name].stdin.write(f"{number}\n")
-        workers[name].stdin.flush()
-        times[name][number].append(answer(name))
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+        times[name][number].append(measure_speed.ask(name, workers[name], number))
+    measure_speed.dismiss(workers)
     first = next(iter(vectors.values()))
     return {name: {"texts_a_second": [round(len(group) / statistics.median(seconds), 1)
                                       for group, seconds in zip(groups, times[name])],
                    "cosine_to_dense": round(float((first * vectors[name]).sum(1).mean()), 4)} for name in workers}
+
+
+def without_places(words):
+    """The command that was typed, with names for the places on this machine."""
+    names = {"--init": "MODEL_DIR", "--corpus": "TEXT_DIR", "--data": "TASKS_DIR", "--peers": "PEERS/bin/python",
+             "--out": "OUT", "--json": "FILE"}
+    return " ".join(["python -m bench.measure_encoder",
+                     *(names.get(before, word) for before, word in zip(["", *words], words))])
 
 
 def versions(peers):
@@ -252,7 +251,8 @@ def main(arguments=None):
     parser.add_argument("--texts", type=int, default=512, help="of each kind, to time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", help="the Python of the environment above")
-    options = parser.parse_args(arguments)
+    typed_here = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(typed_here)
     options.steps = options.steps or ("12" if options.speed_only else None)
     from bench.collect_runs import common
     from data.tasks import read_questions
@@ -260,7 +260,7 @@ def main(arguments=None):
     questions = read_questions(Path(options.data, "SQuAD", "dev-v1.1.json"))
     groups = [[question.question for question in questions],
               list(dict.fromkeys(question.context for question in questions))]
-    result, directories, records = {"command": "python -m bench.measure_encoder", "models": {}}, [], []
+    result, directories, records = {"command": without_places(typed_here), "models": {}}, [], []
     for pattern in options.patterns:
         directory, runs = made(options, pattern)
         directories.append(directory)
@@ -269,7 +269,8 @@ def main(arguments=None):
         write_json(options.json, {**result, **common(records)})
     groups = [group[:options.texts] for group in groups]
     result["speeds"] = {"threads": options.threads, "groups": ["questions", "paragraphs"],
-                        "peers": versions(options.peers), "contenders": speeds(options, directories, groups, options.rounds)}
+                        "peers": versions(options.peers),
+                        "contenders": speeds(options, directories, groups, options.rounds)}
     result["memory"] = [embedded(options, directories[0], groups[0], count)
                         for count in (options.lines // 100 or 1, options.lines)]
     write_json(options.json, {**result, **common(records)})

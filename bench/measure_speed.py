@@ -165,6 +165,23 @@ def start(contender, path="", engine="", threads=2, python=sys.executable):
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+def ask(name, worker, question):
+    """What a contender's process answers to a line of JSON; None: to none, what it says first."""
+    if question is not None:
+        worker.stdin.write(json.dumps(question) + "\n")
+        worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        raise SystemExit(f"{name} stopped; its message is above")
+    return json.loads(line)
+
+
+def dismiss(workers):
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+
+
 def in_turn(workers, shapes, rounds=7, duration=0.6):
     """{name: process} and [(batch, length)] -> rows of {shape, name: median ms}. The processes end."""
     rows = []
@@ -172,18 +189,11 @@ def in_turn(workers, shapes, rounds=7, duration=0.6):
         times = {name: [] for name in workers}
         for _ in range(rounds):
             for name, worker in workers.items():
-                worker.stdin.write(json.dumps([batch, length, duration]) + "\n")
-                worker.stdin.flush()
-                line = worker.stdout.readline()
-                if not line:
-                    raise SystemExit(f"measure_speed.py: {name} stopped; its message is above")
-                times[name].append(json.loads(line))
+                times[name].append(ask(name, worker, [batch, length, duration]))
         rows.append({"batch": batch, "length": length,
                      "ms": {name: round(statistics.median(values), 3) for name, values in times.items()}})
         print(json.dumps(rows[-1]), flush=True)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    dismiss(workers)
     return rows
 
 

@@ -69,7 +69,7 @@ def check_texts(settings, kind, task):
         return
     if contexts:
         raise InputError("--context is for a model that answers questions, and this one classifies; use --text-pair")
-    allowed = (0, texts) if task not in TASKS else (texts,) if len(TASKS[task].text_columns) == 2 else (0,)
+    allowed = (0, texts) if task not in TASKS else (texts,) if TASKS[task].pairs else (0,)
     if pairs not in allowed:
         raise InputError(f"this model{f' ({task})' if task in TASKS else ''} wants {' or '.join(map(str, allowed))} "
                          f"--text-pair for {texts} --text, the n-th to go with the n-th; found {pairs}")
@@ -171,14 +171,14 @@ def evaluation_data(directory, kind, task, folder, max_len, split="dev"):
     for the tiny world. InputError if model and task do not go together; `match_classes` looks at the rest."""
     task = task or compression_of(directory).get("task")
     if kind == "encoder":
-        raise InputError(f"{directory} is an encoder without a task; fine-tune it first: python train.py --stage "
-                         f"finetune --task TASK --init {directory}")
+        raise InputError(f"{directory} is an encoder without a task; measure its vectors with --task retrieval or "
+                         f"stsb, or fine-tune it first: python train.py --stage finetune --task TASK --init {directory}")
     if task not in list(TASKS):
         raise InputError(f"{directory} does not say which task it was trained on; give --task, one of "
                          f"{', '.join(TASKS)}")
     if TASKS[task].kind != kind:
         raise InputError(f"--task {task} needs a {TASKS[task].kind} model, and {directory} is a {kind} model")
-    check_pairs(read_config(directory)[0], len(TASKS[task].text_columns) != 1, directory)
+    check_pairs(read_config(directory)[0], TASKS[task].pairs, directory)
     return task, encoder_for(directory, kind, max_len, task, folder or tiny_world(directory, "--data FOLDER"), split)
 
 

@@ -135,8 +135,7 @@ def check_teacher(directory, model, data, say):
                          f"a teacher of the same vocabulary, or --teacher none")
     config = read_config(directory)[0]
     check_length(data.max_length, config, f"of the teacher {directory}")
-    check_pairs(config, data.next_sentence if hasattr(data, "next_sentence") else len(data.task.text_columns) != 1,
-                directory)
+    check_pairs(config, data.pairs, directory)
     if model.kind == "pretraining" and config.vocab_size != model.config.vocab_size:
         raise InputError(f"the teacher {directory} predicts {config.vocab_size} tokens and the student "
                          f"{model.config.vocab_size}; give a teacher of the same vocabulary, or --teacher none")

@@ -44,6 +44,11 @@ class Task:
     max_length: int = 128               # tokens per row where nobody says otherwise, as in BERT's scripts
 
     @property
+    def pairs(self) -> bool:
+        """Are rows two texts? SQuAD's are: a question and its context."""
+        return len(self.text_columns) != 1
+
+    @property
     def classes(self) -> tuple[tuple[str, ...], ...]:
         """Per class the names that it goes by."""
         return tuple(zip(self.labels, self.also)) if self.also else tuple(zip(self.labels))
@@ -239,7 +244,7 @@ class TaskData:
     stride      SQuAD: tokens by which neighbouring windows of a long context overlap; default: a third of
                 max_length, the published 128 at 384
 
-    Attributes: task (a Task), kind, labels, max_length, left_out {split: numbers of the rows left out, see read_table},
+    Attributes: task (a Task), kind, labels, pairs, max_length, left_out {split: numbers of the rows left out, see read_table},
     and class_order, the output of the model that is class 0, class 1, ...: to be set where it has another order.
     MNLI's dev_mismatched.tsv and test_mismatched.tsv may be missing; they are then just not evaluated. Files are read,
     and DataError raised, at once; a split is tokenized when it is first used.
@@ -250,7 +255,7 @@ class TaskData:
         if task not in TASKS.values() and task not in TASKS:
             raise DataError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}")
         self.task = task if isinstance(task, Task) else TASKS[task]
-        self.kind, self.labels = self.task.kind, self.task.labels
+        self.kind, self.labels, self.pairs = self.task.kind, self.task.labels, self.task.pairs
         self.class_order = [*range(len(self.labels))]
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
         self.stride = max_length // 3 if stride is None else stride

@@ -222,7 +222,7 @@ class PretrainingData:
                  mask_probability=0.15, validation_share=0.05, single_share=0.0):
         self.tokenizer, self.max_length, self.next_sentence = tokenizer, max_length, next_sentence
         self.seed, self.short_probability, self.mask_probability = seed, short_probability, mask_probability
-        self.single_share = single_share
+        self.single_share, self.pairs = single_share, next_sentence
         if not 8 <= max_length < 2 ** 16:
             raise DataError(f"max_length is {max_length}; expected 8 tokens, three of which are special, to 65535")
 

@@ -401,6 +401,8 @@ def test_the_evidence_for_an_encoder(encoder, world, tmp_path, monkeypatch):
         "recall_at_1", "recall_at_10", "against_recall_at_1", "against_recall_at_10", "cosine_mean",
         "cosine_worst_percentile"} and model["runs"]["prune"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert model["runs"]["quantize"]["settings"]["kd_target"] == "hidden" and found["git_commit"]
+    assert found["command"].startswith("python -m bench.measure_encoder --init MODEL_DIR --corpus TEXT_DIR")
+    assert str(tmp_path) not in json.dumps(found)
     dense, ours = (found["speeds"]["contenders"][name] for name in ("dense, fp32 engine", "native, 1x4-0.8"))
     assert dense["cosine_to_dense"] == pytest.approx(1, abs=1e-4) and 0.3 < ours["cosine_to_dense"] < 0.999
     assert len(ours["texts_a_second"]) == 2 and min(ours["texts_a_second"]) > 0
