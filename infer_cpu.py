@@ -102,7 +102,7 @@ def csr(packed):
 
     def product(x):
         centred = centred_levels(x, packed)[0].view(-1, columns)
-        y = torch.empty(len(centred), out)
+        y = centred.new_empty(len(centred), out)
         for tokens, result in zip(centred.split(TILE), y.split(TILE)):
             result.copy_((weight @ tokens.t().contiguous()).t())        # (out, tile) -> (tile, out)
         return y.mul_(scale).add_(packed.bias).view(*x.shape[:-1], out)

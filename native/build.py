@@ -216,7 +216,8 @@ def wrong_forms(library, bits, forms):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (104, 900), generator=generator, dtype=torch.int8)
     weight *= torch.rand(weight.shape, generator=generator) > 0.6
-    layer = quant.PackedLinear((104, 900), weight, None, torch.ones(104), torch.zeros(104), torch.tensor(1.0),
+    one = torch.tensor(1.0, dtype=torch.float32)                        # whatever torch's default is
+    layer = quant.PackedLinear((104, 900), weight, None, one.new_ones(104), one.new_zeros(104), one,
                                torch.tensor(2 ** bits // 3, dtype=torch.int32), bits)
     levels = torch.randint(0, 2 ** bits, (2 * library.tokens_of_tile() + 5, 900), generator=generator)
     levels[0], levels[1] = 2 ** bits - 1, 0
@@ -231,8 +232,9 @@ def check_floats(library):
     lengths, width, generator = [tile + 3, 5], heads * size, torch.Generator().manual_seed(0)
     tokens, starts = sum(lengths), torch.tensor([0, lengths[0], sum(lengths)])
     weight = torch.randint(-9, 10, (3 * width, width), generator=generator, dtype=torch.int8)
-    layer = quant.PackedLinear((3 * width, width), weight, None, torch.full((3 * width,), 0.01), torch.zeros(3 * width),
-                               torch.tensor(1.0), torch.tensor(50, dtype=torch.int32), 7)
+    one = torch.tensor(1.0, dtype=torch.float32)
+    layer = quant.PackedLinear((3 * width, width), weight, None, one.new_full((3 * width,), 0.01),
+                               one.new_zeros(3 * width), one, torch.tensor(50, dtype=torch.int32), 7)
     x = torch.randint(-50, 78, (tokens, width), generator=generator).float()
     weights, tiles = native_weights(library, [layer]), to_tiles(x, tile)
     q, context, normed = torch.empty(tiles.shape, dtype=torch.uint8), torch.empty_like(tiles), torch.empty_like(tiles)
@@ -242,7 +244,7 @@ def check_floats(library):
     rows = quant.integer_forward(x, layer)
     expected = torch.cat([F.scaled_dot_product_attention(*part.view(-1, 3, heads, size).permute(1, 2, 0, 3))
                           .transpose(0, 1).reshape(-1, width) for part in rows.split(lengths)])
-    gain, bias = torch.rand(2, width, generator=generator)
+    gain, bias = torch.rand(2, width, generator=generator, dtype=torch.float32)
     norm = Norm(gain, bias, 1e-12)
     library.layer_norm(tokens, width, context.data_ptr(), None, ctypes.addressof(norm), normed.data_ptr(), None, None)
     for name, found, right in (("attention", context, expected), (

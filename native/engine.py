@@ -91,7 +91,8 @@ class NativeEncoder:
         starts, (table, layer) = F.pad(real.sum(1).cumsum(0), (1, 0)), self.arrays
         encoder = EncoderStructure(self.config.hidden_size, self.config.num_attention_heads, len(table), len(layer),
                                    ctypes.addressof(table), self.norm, ctypes.addressof(layer), self.first_token_only)
-        hidden = torch.empty(len(real) if self.first_token_only else ids.shape[1], self.config.hidden_size)
+        hidden = torch.empty(len(real) if self.first_token_only else ids.shape[1], self.config.hidden_size,
+                             dtype=torch.float32, device="cpu")                 # whatever torch's defaults are
         seconds = (ctypes.c_double * len(PARTS))()
         self.library.encode(ctypes.addressof(encoder), len(real), starts.data_ptr(), ids.data_ptr(),
                             torch.get_num_threads(), hidden.data_ptr(), seconds)
@@ -99,7 +100,7 @@ class NativeEncoder:
             times.update({part: times.get(part, 0.0) + value for part, value in zip(PARTS, seconds)})
         if self.first_token_only:
             return hidden[:, None]
-        padded = torch.zeros(*real.shape, hidden.shape[1])
+        padded = hidden.new_zeros(*real.shape, hidden.shape[1])
         padded[real] = hidden
         return padded
 

@@ -34,7 +34,7 @@ class Weights(ctypes.Structure):
 def to_tiles(rows, tile, features=None):
     """float32 (tokens, F) -> (ceil(tokens / tile), F, tile), with zeros after the last token, and feature."""
     tokens, count = rows.shape
-    padded = torch.zeros(-(-tokens // tile), tile, features or count)
+    padded = rows.new_zeros(-(-tokens // tile), tile, features or count)
     padded.view(-1, features or count)[:tokens, :count] = rows
     return padded.transpose(1, 2).contiguous()
 
@@ -156,8 +156,8 @@ def native_linear(library, packed, form=None):
     def product(x):
         rows = x.reshape(-1, columns)
         tiles = to_tiles(rows, tile, weights.inputs)
-        levels = torch.empty(tiles.shape, dtype=torch.uint8)
-        y = torch.empty(len(tiles), weights.outputs, tile)
+        levels = torch.empty_like(tiles, dtype=torch.uint8)
+        y = tiles.new_empty(len(tiles), weights.outputs, tile)
         library.set_threads(torch.get_num_threads())
         library.quantize(len(rows), tiles.data_ptr(), levels.data_ptr(), ctypes.addressof(weights))
         library.linear(ctypes.addressof(weights), len(rows), levels.data_ptr(), y.data_ptr(), None, None)

@@ -333,12 +333,12 @@ def test_wrong_instructions_are_found_out_and_plain_cpp_takes_their_place(tmp_pa
 
 @pytest.mark.parametrize("right, wrong, word", [
     ("for (int o = 0; o < 4; o++)\n            for (int v = 0; v < N; v++) s[o][v] = M",
-     "for (int o = 0; o < 3; o++)\n            for (int v = 0; v < N; v++) s[o][v] = M", "self check"),
+     "for (int o = 0; o < 3; o++)\n            for (int v = 0; v < N; v++) s[o][v] = M", "sums"),
     ("total[v] += *p;", "total[v] += 2.0f * *p;", "attention"),
     ("sum[v] /= (float)features;", "sum[v] /= (float)(features + 1);", "layer norms")])
 def test_what_is_wrong_in_plain_cpp_too_is_not_used(tmp_path, monkeypatch, right, wrong, word):
     broken_source(monkeypatch, tmp_path, (right, wrong))
-    with pytest.raises(NativeError, match="wrong"):
+    with pytest.raises(NativeError, match=f"wrong {word}"):
         build.native_library(8, lambda line: None)
 
 
@@ -441,6 +441,24 @@ def test_the_last_layer_of_a_classifier_for_first_tokens_alone(model_directory):
     assert torch.allclose(short[:, 0], whole[:, 0], atol=1e-6) and not whole[~real].any() and whole[real].any(-1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_are_not_its(model_directory, tmp_path, dtype):
+    """Whatever number is the default of a process, in which an engine is loaded or called."""
+    spans = write_model(tmp_path, "span")
+    engines = [infer_cpu.load(directory, "native", say=pytest.fail) for directory in (model_directory, spans)]
+    batch = random_batch(engines[0].model.config)
+    expected = [engine(batch) for engine in engines]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [engine(batch) for engine in engines]
+        build.check_floats(engines[0].model.encoder.kernel.library)
+        assert not build.wrong_forms(engines[0].model.encoder.kernel.library, 7, (WORDS, STRIPES))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(*pair) for pair in zip(found[1], expected[1]))
+
+
 def test_odd_batches(model_directory):
     engine = infer_cpu.load(model_directory, "native", say=pytest.fail)
     batch = random_batch(engine.model.config)
@@ -476,6 +494,17 @@ def test_auto_says_what_it_measured(model_directory):
     said = []
     engine = infer_cpu.load(model_directory, "auto", say=said.append)
     assert said[-1].startswith(f"engine {engine.name}: ") and " ms" in said[-1]
+
+
+@pytest.mark.parametrize("best", ["native", "int8", "sparse"])
+def test_auto_takes_the_fastest(model_directory, monkeypatch, best):
+    """Whole engines are timed, where native alone does not beat torch's bare products."""
+    monkeypatch.setattr(infer_cpu, "products_of_torch", lambda *_: (0.0, "no time at all"))
+    monkeypatch.setattr(infer_cpu, "medians_in_turn", lambda engines, *_, **__: {
+        engine.name: 0.001 if engine.name == best else 0.002 for engine in engines})
+    said = []
+    assert infer_cpu.load(model_directory, "auto", say=said.append).name == best
+    assert said[-1].startswith(f"engine {best}: the fastest one here") and f"{best} 1.0 ms" in said[-1]
 
 
 def test_auto_does_not_need_the_engines_of_torch(model_directory, monkeypatch):
