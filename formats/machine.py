@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import statistics
+import threading
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -101,12 +102,17 @@ def medians_in_turn(engines, batch, least=7, budget=20.0):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+ONE_AT_A_TIME = threading.Lock()
+
+
 @contextlib.contextmanager
 def quantized_engine(name):
-    """torch's old quantized operators look at one global setting. RuntimeError where torch was built without it."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = name
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
+    """torch's old quantized operators look at one global setting, and QNNPACK's work in one buffer: threads take turns.
+    RuntimeError where torch was built without it."""
+    with ONE_AT_A_TIME:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = name
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before

@@ -244,9 +244,19 @@ def test_prepare_sets_every_linear():
         quant.weight_parameters(torch.ones(2, 2), "column")
 
 
-def test_bits_follow_the_cpu():
-    assert isinstance(machine.saturates(), bool)
-    assert machine.default_activation_bits() == (7 if machine.saturates() else 8)
+@pytest.mark.parametrize("kind, capabilities, bits", [
+    ("x86_64", {"avx512_vnni": True}, 8), ("AMD64", {"avx_vnni": True, "avx512_vnni": False}, 8),
+    ("x86_64", {"avx2": True, "avx512_vnni": False}, 7), ("x86_64", {}, 7), ("x86_64", None, 7), ("aarch64", {}, 8),
+    ("arm64", None, 8)])
+def test_bits_follow_the_cpu(kind, capabilities, bits, monkeypatch):
+    """capabilities: as torch tells them, or None for a torch that cannot tell."""
+    def told():
+        if capabilities is None:
+            raise AttributeError("get_capabilities")
+        return capabilities
+    monkeypatch.setattr("platform.machine", lambda: kind)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", told, raising=False)
+    assert machine.default_activation_bits() == bits and machine.saturates() == (bits == 7)
 
 
 # ---------------------------------------------------------------- integers
