@@ -15,12 +15,12 @@ from data.encode import encoder_of, strings, tiny_world
 from data.metrics import spearman
 from data.tasks import TASKS, Task, file_of, read_questions, read_table
 from formats.files import check_place, whole_file
-from formats.sentence import Sentence
+from formats.sentence import sentence_of_encoder
 from model import InputError
 
-LINES_AT_ONCE = 4096        # of a stream, or fewer if they are long: sorted by length, in memory at one time
-BYTES_AT_ONCE = 2 ** 22
-LONGEST_LINE = 2 ** 23      # bytes; what is longer is no text in a line
+LINES_AT_ONCE = 4096          # of a stream, or fewer if they are long: sorted by length, in memory at one time
+BYTES_AT_ONCE = 2 ** 20       # of text; its tokens take a hundred times as many
+LONGEST_LINE = 2 ** 20        # bytes; what is longer is no text in a line
 TEXTS_AT_ONCE = 256         # of a list that is held in memory anyway: how often its bar moves
 TOKENS_AT_ONCE = 2048       # of a forward pass
 STSB = Task("stsb", "STS-B", "similarity", "spearman", text_columns=("sentence1", "sentence2", "score"))
@@ -34,7 +34,7 @@ class Embedder:
         if engine.model.kind != "encoder":
             raise InputError(f"{engine.directory} has a head for a task; --embed wants an encoder, such as --stage prune "
                              f"--kd-target hidden writes")
-        self.engine, self.sentence = engine, engine.model.sentence or Sentence()
+        self.engine, self.sentence = engine, engine.model.sentence or sentence_of_encoder(engine.directory)
         config = engine.model.config
         length = max_len or min(self.sentence.max_length or config.max_position_embeddings,
                                 config.max_position_embeddings)

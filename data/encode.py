@@ -95,8 +95,8 @@ def as_inputs(batch, model):
     for an id that an embedding does not have, and for a row that is padding alone or, where the model reads the first
     token of a row, begins with it.
     """
-    config, ids = model.config, torch.as_tensor(batch["input_ids"]).long()
-    mask, types = (torch.as_tensor(batch[name] if name in batch else fill(ids)).long() for name, fill in
+    config, ids = model.config, torch.as_tensor(batch["input_ids"]).long().cpu()
+    mask, types = (torch.as_tensor(batch[name] if name in batch else fill(ids)).long().cpu() for name, fill in
                    (("attention_mask", torch.ones_like), ("token_type_ids", torch.zeros_like)))
     if ids.ndim != 2 or not ids.shape == mask.shape == types.shape or not ids.shape[1]:
         raise InputError(f"a batch of shapes {list(ids.shape)}, {list(mask.shape)} and {list(types.shape)}; expected "
@@ -118,10 +118,13 @@ def answer(engine, texts, pairs, contexts, max_len):
     """What infer_cpu.Engine.answer returns, of an infer_cpu.Engine and the arguments that are described there."""
     encoder, results = encoder_of(engine, max_len), []
     texts, pairs, contexts = strings(texts), strings(pairs, "pairs"), strings(contexts, "contexts")
-    others, name = (contexts, "contexts") if engine.model.kind == "span" else (pairs, "pairs")
-    if len(others) != len(texts) and (others or engine.model.kind == "span"):
+    span = engine.model.kind == "span"
+    others, name = (contexts, "contexts") if span else (pairs, "pairs")
+    if pairs if span else contexts:
+        raise InputError(f"this model {'answers questions' if span else 'classifies'}: it takes texts and {name} alone")
+    if len(others) != len(texts) and (others or span):
         raise InputError(f"{len(texts)} texts and {len(others)} {name}; expected as many")
-    if engine.model.kind == "span":
+    if span:
         for question, context in zip(texts, contexts, strict=True):
             rows = encoder.encode_question(question, context)
             if not any(len(row["offsets"]) for row in rows):

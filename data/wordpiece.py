@@ -20,6 +20,7 @@ BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer")         # with or withou
 PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")    # transformers then takes tokenizer.json as it is
 NAMED = {name + "_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}     # what they must be
 MOST_UNUSED = 1000          # ids that no token has; a line that stands twice in vocab.txt leaves one
+NEUTRAL = {"truncation_side": "right", "split_special_tokens": False}       # of tokenizer_config.json
 OPTIONS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}       # and their defaults
 
 
@@ -107,6 +108,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     config = _read_object(directory / "tokenizer_config.json")
     name = str((config or {}).get("tokenizer_class") or (_read_object(directory / "config.json") or {}).get(
         "tokenizer_class") or BERT_CLASSES[0])
+    for option, neutral in NEUTRAL.items():
+        if (config or {}).get(option, neutral) not in (neutral, None):
+            raise DataError(f"{directory}: its tokenizer_config.json says {option} = {config[option]!r}, and here is "
+                            f"only {neutral!r}; take another model")
     plain = name.removesuffix("Fast") in PLAIN_CLASSES and path.name == "tokenizer.json"
     if not plain and name.removesuffix("Fast") not in BERT_CLASSES:
         raise DataError(f"{directory}: its tokenizer is a {name}, and expected is one of {', '.join(BERT_CLASSES)}; "
@@ -120,17 +125,29 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:      # the library raises bare Exception
         raise DataError(f"{path}: this is not a tokenizer file ({error}); restore it, or delete it to use "
                         "vocab.txt beside it") from None
-    if config is None:              # without options, what the file itself says
-        return tokenizer
     content = json.loads(tokenizer.to_str())
-    added = added_tokens(directory, config, content["added_tokens"])
-    if plain:
+    added = added_tokens(directory, config or {}, content["added_tokens"])
+    if plain or config is None:     # without options, what the file itself says
+        if not isinstance(content["model"].get("vocab"), dict):
+            raise DataError(f"{path}: its model is {content['model']['type']}, and expected is a vocabulary of word "
+                            "pieces, each with its id; take another model")
         tokenizer.add_tokens([token for _, token in added])
+        if plain:
+            _demand_berts_rows(path, tokenizer)
         return _with_ids_as_said(directory, tokenizer, added)
     if content["model"]["type"] != "WordPiece":
         raise DataError(f"{path}: its model is {content['model']['type']}, and a {name} has WordPiece; they do not "
                         "belong together")
     return _from_vocabulary(content["model"]["vocab"], directory, config, added)
+
+
+def _demand_berts_rows(path: Path, tokenizer: Tokenizer) -> None:
+    """DataError unless the file itself makes [CLS] A [SEP] and [CLS] A [SEP] B [SEP], as rows are made here."""
+    pair = tokenizer.encode("", "")
+    if (tokenizer.encode("").tokens, pair.tokens, pair.type_ids) != (
+            ["[CLS]", "[SEP]"], ["[CLS]", "[SEP]", "[SEP]"], [0, 0, 1]):
+        raise DataError(f"{path}: its rows are not [CLS] A [SEP] B [SEP], as BERT's are, but {' '.join(pair.tokens)} "
+                        f"around A and B, of the types {pair.type_ids}; take another model")
 
 
 def _read_object(path: Path) -> dict | None:

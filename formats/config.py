@@ -53,6 +53,8 @@ def read_config(directory):
         if type(value) not in kinds or not 0 <= value <= limit:
             raise InputError(f"{path} says {keys[name]} = {value!r}; expected a number like {default!r}")
     config = replace(defaults, **values)
+    if not config.num_hidden_layers:
+        raise InputError(f"{path} says {keys['num_hidden_layers']} = 0; expected at least one layer")
     if model_type == "bert" and raw.get("classifier_dropout") is None:
         config = replace(config, classifier_dropout=config.hidden_dropout_prob)
     if not config.num_attention_heads or config.hidden_size % config.num_attention_heads or not config.vocab_size:
@@ -117,7 +119,8 @@ def preset_of(directory):
 def compression_of(directory):
     """What config.json records of the training: task, max_len, pattern, ... ; {} for a model from elsewhere."""
     value = read_config(directory)[1].get("compression") or {}
-    if not isinstance(value, dict) or not isinstance(value.get("task", ""), str):
+    if (not isinstance(value, dict) or not isinstance(value.get("task", ""), str)
+            or type(value.get("max_len", 8)) is not int):
         raise InputError(f"{Path(directory) / 'config.json'} says compression {value!r}; expected an object, whose "
-                         f"task is a name")
+                         f"task is a name and whose max_len is a number of tokens")
     return value

@@ -22,8 +22,8 @@ def fetch(name):
     offline or mistyped the name.
     """
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         from huggingface_hub.utils import logging
         logging.set_verbosity_error()         # its five retries without a network are no news
 
@@ -31,9 +31,17 @@ def fetch(name):
         config = Path(hf_hub_download(name, "config.json"))
         revision = config.parent.name         # the commit, so that every file is of the same one
 
+        unknown = []
+
         def get(file):
-            with contextlib.suppress(EntryNotFoundError):          # not in this model; offline: not in the cache
-                return Path(hf_hub_download(name, file, revision=revision))
+            with contextlib.suppress(EntryNotFoundError):          # not in this model
+                try:
+                    return Path(hf_hub_download(name, file, revision=revision))
+                except LocalEntryNotFoundError:                    # the hub cannot be asked whether it is
+                    if try_to_load_from_cache(name, file, revision=revision) is not _CACHED_NO_EXIST:
+                        if not constants.HF_HUB_OFFLINE:
+                            raise ConnectionError(f"it cannot be reached for {file}") from None
+                        unknown.append(file)
 
         tokenizer = [get(file) for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
                                             "special_tokens_map.json")]
@@ -42,6 +50,8 @@ def fetch(name):
                                         json.loads(modules.read_bytes()) if module["path"])] if modules else ():
             get(file)
         weights = next(filter(None, map(get, WEIGHT_FILES)), None)
+        if unknown:
+            print(f"offline, taken as not in {name}: {' '.join(unknown)}", flush=True)
         if weights is None or not any(tokenizer[:2]):
             raise FileNotFoundError("its weights or its vocabulary are not there")
         if weights.suffix == ".json":

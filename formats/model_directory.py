@@ -57,7 +57,7 @@ def read_tensors(directory):
     if path.suffix != ".json":
         return read_weight_file(path), path
     files = read_json(path).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file
+    if not isinstance(files, dict) or not all(isinstance(file, str) and file and Path(file).name == file
                                               for file in files.values()):
         raise InputError(f"{path} has no weight_map from names of tensors to files of its own folder")
     tensors = {}

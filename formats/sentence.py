@@ -44,9 +44,9 @@ def read_sentence(directory):
         return None
     try:
         modules = [(module["type"], Path(module["path"])) for module in json.loads(path.read_bytes())]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        kinds = [kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind for kind, _ in modules]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path} is no list of modules, each with its type and path") from None
-    kinds = [kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(f"{path} asks for {', '.join(kinds) or 'nothing'}; this project has a Transformer, a Pooling "
                          f"and perhaps a Normalize of sentence_transformers, in that order; give another model")
@@ -58,9 +58,9 @@ def read_sentence(directory):
                              "config_sentence_transformers.json", "tokenizer_config.json"))
     prompts, similarity = general.get("prompts") or {}, general.get("similarity_fn_name") or "cosine"
     if not isinstance(prompts, dict) or any(prompts.values()):
-        raise InputError(f"{directory} puts prompts before texts: {json.dumps(prompts)}; this project embeds a text as "
-                         f"it is; put them there yourself, and take them out of config_sentence_transformers.json")
-    if own.get("do_lower_case") and not tokens.get("do_lower_case"):
+        raise InputError(f"{directory} has prompts to put before texts: {json.dumps(prompts)}; this project embeds a "
+                         f"text as it is; put them there yourself, and take them out of config_sentence_transformers.json")
+    if own.get("do_lower_case") and not tokens.get("do_lower_case", True):      # the tokenizer's default
         raise InputError(f"{directory} makes small letters of a text's before its tokenizer does; this project embeds "
                          f"a text as it is; make them small yourself, and set do_lower_case to false")
     if general.get("truncate_dim") is not None or similarity not in list(SIMILARITIES):
@@ -68,10 +68,23 @@ def read_sentence(directory):
                          f"vectors of {general.get('truncate_dim') or 'all'} numbers; this project has "
                          f"{' and '.join(SIMILARITIES)}, of all")
     length = tokens.get("model_max_length") if own.get("max_seq_length") is None else own["max_seq_length"]
+    return Sentence(pooling_of(directory / modules[1][1] / "config.json"), len(modules) == 3,
+                    row_length(length, directory), similarity)
+
+
+def sentence_of_encoder(directory):
+    """What sentence-transformers makes of an encoder without modules.json: the mean, of as long rows as its tokenizer
+    says."""
+    path = Path(directory) / "tokenizer_config.json"
+    said = read_json(path) if path.is_file() else {}
+    return Sentence(max_length=row_length(said.get("model_max_length"), directory))
+
+
+def row_length(length, directory):
+    """What a file says of the longest row, as a number or None. InputError for what is neither."""
     if length is not None and (type(length) not in (int, float) or length < 3):
         raise InputError(f"{directory}: max_seq_length is {length!r}; expected a number of tokens")
-    return Sentence(pooling_of(directory / modules[1][1] / "config.json"), len(modules) == 3,
-                    None if length is None else int(min(length, 2 ** 20)), similarity)
+    return None if length is None else int(min(length, 2 ** 20))
 
 
 def pooling_of(path):

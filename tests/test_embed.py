@@ -101,7 +101,18 @@ def test_what_is_written_is_read_again(tmp_path):
     assert sentence.read_sentence(tmp_path) is None
 
 
+def test_an_encoder_that_says_nothing_is_taken_as_sentence_transformers_takes_it(folder):
+    """The mean, of as many tokens as its tokenizer says."""
+    import sentence_transformers as package
+    for path in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        (folder / path).unlink()
+    change(folder / "tokenizer_config.json", model_max_length=9)
+    expected = package.SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    assert infer_cpu.load(folder, say=lambda line: None).embed(TEXTS) == pytest.approx(expected, abs=2e-5)
+
+
 @pytest.mark.parametrize("file, values, words", [
+    ("modules.json", [[1, ""], ["Pooling", "1_Pooling"]], "no list of modules"),
     ("modules.json", None, "no list of modules"),
     ("modules.json", [["Transformer", ""], ["Dense", "2_Dense"]], "Transformer, Dense"),
     ("modules.json", [["Transformer", "0_Transformer"], ["Pooling", "1_Pooling"]], "lies in 0_Transformer"),
@@ -121,7 +132,7 @@ def test_what_is_written_is_read_again(tmp_path):
 def test_what_we_do_not_have_is_refused_by_name(file, values, words, folder, capsys):
     path = folder / file
     if isinstance(values, list):
-        path.write_text(json.dumps([{"type": kind if "." in kind else f"sentence_transformers.models.{kind}",
+        path.write_text(json.dumps([{"type": kind if "." in str(kind) or kind == 1 else f"sentence_transformers.models.{kind}",
                                      "path": place} for kind, place in values]))
         if "0_Transformer" in str(values):
             (folder / "0_Transformer").mkdir()
@@ -391,7 +402,8 @@ def test_the_evidence_for_an_encoder(encoder, world, tmp_path, monkeypatch):
     sentence.write_sentence(sentence.Sentence("mean", True, 40), 128, encoder)
     arguments = ["--init", str(encoder), "--corpus", str(world / "corpus.txt"), "--data", str(world), "--out",
                  str(tmp_path / "out"), "--json", str(tmp_path / "encoder.json"), "--patterns", "1x4", "--steps", "12",
-                 "--threads", "1", "--lines", "200", "--texts", "6", "--rounds", "1"]
+                 "--rounding-steps", "6", "--batch-size", "16", "--lr", "2e-3", "--threads", "1",
+                 "--lines", "200", "--texts", "6", "--rounds", "1"]
     programs = {"train.py": train, "infer_cpu.py": infer_cpu}             # without the seconds that importing torch takes
     monkeypatch.setattr(measure_encoder, "typed", lambda program, *typed: programs[program].main([*map(str, typed)]))
     measure_encoder.main(arguments)
@@ -400,6 +412,8 @@ def test_the_evidence_for_an_encoder(encoder, world, tmp_path, monkeypatch):
     assert model["retrieval"].keys() == {
         "recall_at_1", "recall_at_10", "against_recall_at_1", "against_recall_at_10", "cosine_mean",
         "cosine_worst_percentile"} and model["runs"]["prune"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    pruning = model["runs"]["prune"]["settings"]
+    assert (pruning["steps"], pruning["batch_size"], pruning["lr"]) == (12, 16, 2e-3)
     assert model["runs"]["quantize"]["settings"]["kd_target"] == "hidden" and found["git_commit"]
     assert found["command"].startswith("python -m bench.measure_encoder --init MODEL_DIR --corpus TEXT_DIR")
     assert str(tmp_path) not in json.dumps(found)

@@ -470,6 +470,22 @@ def test_what_sentence_transformers_wrote_is_fetched_too(hub):
     assert "2_Normalize/config.json" in hub.asked and not (hub.snapshot / "README.md").exists()
 
 
+@pytest.mark.parametrize("lost", ["modules.json", "tokenizer_config.json"])
+def test_a_hub_that_stops_answering_is_no_hub_without_a_file(lost, hub, monkeypatch, capsys):
+    """Else an encoder would be pooled in another way, or a text cut in another, without a word."""
+    def download(name, file, revision=None):
+        if file == lost:
+            raise LocalEntryNotFoundError("the connection broke")
+        return hub.download(name, file, revision)
+    publish(make(), hub, "safetensors")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    message = one_sentence(capsys, "--stage", "finetune", "--task", "sst2", "--init", NAME)
+    assert lost in message and "cannot be reached" in message
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)      # who says so is told what is not looked for
+    assert locate(NAME) == hub.snapshot and f"offline, taken as not in {NAME}: {lost}\n" in capsys.readouterr().out
+
+
 def test_every_stage_takes_a_name_for_init_and_teacher(hub, monkeypatch):
     publish(make_sparse(Pattern(1, 4)), hub, "pickle")
     settings = finetune(NAME)

@@ -66,6 +66,7 @@ TOKENIZERS = {
     "a token with a name": dict(tokenizer_config={**BERT, "bos_token": "[E1]"}),
     "a line twice": dict(words=[*CASED[:60], "film", *CASED[60:]], tokenizer_config=BERT),
     "blank lines": dict(words=[*CASED, "", ""], tokenizer_config=BERT),
+    "nothing said beside tokenizer.json": dict(json_options={}, added_tokens={"<e1>": len(CASED)}),
     "Windows": dict(words=[word + "\r" for word in CASED], tokenizer_config=BERT),
 }
 
@@ -95,10 +96,27 @@ def test_token_ids_are_those_of_transformers(name, tmp_path):
     (dict(tokenizer_config=BERT, added_tokens={"<e1>": len(CASED) + 3}), f"{len(CASED) + 3}"),
     (dict(tokenizer_config=BERT, added_tokens={"<e1>": None}), "add"), (dict(added_tokens=[]), "JSON object"),
     (dict(tokenizer_config={**BERT, "do_lower_case": "yes"}), "do_lower_case"),
+    (dict(tokenizer_config={**BERT, "truncation_side": "left"}), "truncation_side = 'left'"),
+    (dict(tokenizer_config={**BERT, "split_special_tokens": True}), "split_special_tokens"),
     (dict(tokenizer_config={**BERT, "added_tokens_decoder": {"7": {}}}), "content")])
 def test_tokenizers_that_cannot_be_honoured_are_refused(options, word, tmp_path):
     message = error_of(load_tokenizer, write_tokenizer(tmp_path, **options))
     assert str(tmp_path) in message and word in message
+
+
+def test_what_tokenizer_json_says_alone_has_to_be_berts(tmp_path):
+    """Rows of another shape, and a vocabulary whose ids are the order of a list, are refused when they are read."""
+    folder = write_tokenizer(tmp_path, json_options={}, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    load_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for wrong in (None, {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[SEP]", 3]}):
+        edited = {**content, "post_processor": wrong}
+        (folder / "tokenizer.json").write_text(json.dumps(edited))
+        assert "[CLS] A [SEP] B [SEP]" in error_of(load_tokenizer, folder)
+    pieces = [[word, -1.0] for word in CASED]
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "model": {
+        "type": "Unigram", "unk_id": 1, "vocab": pieces, "byte_fallback": False}}))
+    assert "Unigram" in error_of(load_tokenizer, folder)
 
 
 def test_a_cased_vocabulary_keeps_its_case(tmp_path):
