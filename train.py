@@ -23,13 +23,13 @@ import distill
 import model as network
 import prune
 import quant
-from data import DataError, shards, tasks, text
+from data import shards, tasks, text
 from data.batches import batches_ahead, dropout_seed, rows_at_once, to_device
 from data.encode import check_pairs, evaluation_data, match_classes, tokenizer_of
 from data.recipes import RECIPES
-from data.settings import (LEAST_SPARSITY, check_device, check_length, check_numbers, check_stage, check_teacher,
-                           corpus_path, data_folder, deciding, follow_zeros, free_zeros, preset_for, pretraining_data,
-                           ramp_of, recipe_for, start_vocabulary)
+from data.settings import (LEAST_SPARSITY, check_ahead, check_blocks, check_device, check_length, check_numbers,
+                           check_stage, check_teacher, corpus_path, data_folder, deciding, follow_zeros, free_zeros,
+                           preset_for, pretraining_data, ramp_of, recipe_for, start_vocabulary)
 from formats import model_directory, page, run
 from formats.command import Parser, add_settings, show_any_letter
 from formats.config import compression_of, read_config, rounding_of
@@ -71,7 +71,7 @@ class Settings:
     pattern: str = "unstructured"     # unstructured, RxC blocks (1x4: four inputs of one output), or N:M
     mask: str = ""                    # dense, locked, or gradual (pruning during the task); default: the stage's own
     ramp_end: float = 0.5             # share of the steps after which the target sparsity is reached
-    update_end: float = 0.8           # share of the steps after which masks are frozen
+    update_end: float = 0.8           # share of the steps after which masks are frozen, the ramp's end at the earliest
     update_every: float = 0.01        # share of the steps between two mask updates and learning-rate rewinds
     # distillation
     temperature: float = 2.0          # of the distillation's softmax
@@ -134,7 +134,7 @@ def resolve(typed, stage=None):
                 "threads": max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))}
     s = replace(s, **{name: value for name, value in defaults.items() if getattr(s, name) is None})
     check_numbers(s)
-    check_stage(s, allowed_masks(s))
+    check_stage(s, allowed_masks(s), typed)
     check_device(s)
     if s.mask == "locked" and s.init not in ("", "random"):
         follow_zeros(s, {**recipe, **typed})
@@ -156,20 +156,19 @@ class Stage:
     start: str                # of STAGES: where the weights come from; "" = random weights. --init replaces it
     teacher: str              # of STAGES: what to distil from; "" = nothing. --teacher replaces it
     data: str                 # text: masked words and next sentences; task: --task
-    rounded: bool             # fake quantization of every Linear, and an INT8 file at the end
     writes: str               # directory below --out
 
 
 STAGES = {
-    "pretrain": Stage("pretrain", "dense", "", "", "text", False, "pretrain"),
-    "prune": Stage("prune", "gradual", "pretrain", "pretrain", "text", False, "prune-{zeros}"),
-    "teacher": Stage("finetune", "dense", "pretrain", "", "task", False, "{task}/{teacher}"),
-    "finetune": Stage("finetune", "locked", "prune", "teacher", "task", False, "{task}/sparse-{zeros}"),
-    "gradual": Stage("finetune", "gradual", "pretrain", "teacher", "task", False, "{task}/gradual-{zeros}"),
-    "quantize": Stage("quantize", "locked", "finetune", "teacher", "task", True, "{task}/int8-{zeros}"),
-    "quantize dense": Stage("quantize", "dense", "teacher", "teacher", "task", True, "{task}/int8-dense"),
-    "quantize encoder": Stage("quantize", "locked", "prune", "", "text", True, "int8-{zeros}"),
-    "quantize dense encoder": Stage("quantize", "dense", "", "", "text", True, "int8-dense"),
+    "pretrain": Stage("pretrain", "dense", "", "", "text", "pretrain"),
+    "prune": Stage("prune", "gradual", "pretrain", "pretrain", "text", "prune-{zeros}"),
+    "teacher": Stage("finetune", "dense", "pretrain", "", "task", "{task}/{teacher}"),
+    "finetune": Stage("finetune", "locked", "prune", "teacher", "task", "{task}/sparse-{zeros}"),
+    "gradual": Stage("finetune", "gradual", "pretrain", "teacher", "task", "{task}/gradual-{zeros}"),
+    "quantize": Stage("quantize", "locked", "finetune", "teacher", "task", "{task}/int8-{zeros}"),
+    "quantize dense": Stage("quantize", "dense", "teacher", "teacher", "task", "{task}/int8-dense"),
+    "quantize encoder": Stage("quantize", "locked", "prune", "", "text", "int8-{zeros}"),
+    "quantize dense encoder": Stage("quantize", "dense", "", "", "text", "int8-dense"),
 }
 
 
@@ -197,7 +196,7 @@ def command_of(s, row):
     task = f" --task {s.task}" if row.data == "task" else ""
     zeros = f" --pattern {s.pattern} --sparsity {s.sparsity:g}"
     if row.mask == "dense":
-        zeros = " --sparsity 0" * bool(task) + " --init random" * (s.init == "random" and not row.rounded)
+        zeros = " --sparsity 0" * bool(task) + " --init random" * (s.init == "random" and row.stage != "quantize")
     return (f"python train.py --stage {row.stage}{task}{zeros} " + (f"--recipe {s.recipe} " if s.recipe else "")
             + f"--preset {s.preset} --out {s.out}")
 
@@ -248,6 +247,9 @@ def run_stage(s):
     if init and prune.measured_sparsity(model) >= LEAST_SPARSITY:
         notes += format_kinds(model)
     s.steps = s.steps or max(1, round(s.epochs * len(data) / s.batch_size))
+    ramp_of(s)                                            # InputError before anything is written
+    if s.task:
+        data.demand_a_batch(s.batch_size)
     decided = deciding(s, init, teacher_directory)
     state = run.newest_checkpoint(out, **decided, say=notes.append)
     demand_agreement({**decided["settings"], "files": decided["inputs"], "checkpoint": state and state["step"]})
@@ -299,6 +301,9 @@ def load_teacher(s, directory, model, data, say):
         return None
     check_teacher(directory, model, data, say)
     teacher = model_directory.load(directory, model.kind, say=say, task=getattr(data, "task", None))
+    if model.kind == "encoder" and model.encoder.pooler is not None and teacher.encoder.pooler is None:
+        raise InputError(f"the teacher {directory} has no pooler, and the student has one, which nothing would teach; "
+                         f"give the very encoder that the student was made of")
     return network.freeze(teacher.to(s.device), torch.bfloat16 if s.precision == "bf16" else torch.float32)
 
 
@@ -307,6 +312,7 @@ def prepare_layers(s, model, say=print):
     if s.dropout is not None:
         network.set_dropout(model, s.dropout)
     prune.check_pattern(model, prune.parse_pattern(s.pattern))
+    check_blocks(s, model, say)
     if s.mask == "locked":
         prune.lock(model, pattern_of(model, [prune.parse_pattern(s.pattern)]))
         if prune.measured_sparsity(model) < LEAST_SPARSITY:
@@ -314,7 +320,7 @@ def prepare_layers(s, model, say=print):
                              f"has next to none; prune it first, or give --sparsity 0 for a dense model")
     elif s.mask == "dense":
         free_zeros(model, say)
-    if row_of(s).rounded:
+    if s.stage == "quantize":
         quant.prepare(model, s.activation_bits, s.weight_scales)
         quant.round_embeddings(model)
 
@@ -336,7 +342,7 @@ def train(s, model, teacher, data, decided, log, out, state):
     of (seed, step), so a resumed run ends with the same bits. Returns seconds spent training, earlier sessions
     included."""
     ramp, pattern, warmup = ramp_of(s), prune.parse_pattern(s.pattern), round(s.warmup * s.steps)
-    rounded = row_of(s).rounded
+    rounded = s.stage == "quantize"
     optimizer = make_optimizer(s, model)
     first, earlier = run.restore(model, optimizer, state)
     sparsity = prune.measured_sparsity(model)
@@ -407,12 +413,12 @@ def finish_stage(s, model, teacher, tokenizer, data, log, seconds):
     compression = {"pattern": s.pattern if s.mask != "dense" else "dense", "sparsity": sparsity, "max_len": s.max_len}
     if s.task:
         compression["task"] = s.task
-    if row_of(s).rounded:
+    if s.stage == "quantize":
         compression.update(activation_bits=s.activation_bits, weight_scales=s.weight_scales)
     model.to("cpu")
     model_directory.save(model, out, data.labels if model.kind == "classification" else None, compression)
     text.save_tokenizer(tokenizer, out)
-    if row_of(s).rounded:
+    if s.stage == "quantize":
         write_int8(model, out)
     if s.mask != "dense":
         log.say(format_report(layers))
@@ -493,6 +499,7 @@ def run_all(typed):
     chains = [(resolve({**later, **dense, "task": task, "sparsity": 0.0}, "finetune"),
                *(resolve({**later, "task": task}, stage) for stage in ("finetune", "quantize")))
               for task in ([typed["task"]] if "task" in typed else tasks.TASKS)]
+    check_ahead([*upstream, *(s for chain in chains for s in chain)], typed.get("init", ""))
     directories, lines = [run_stage(s) for s in upstream], []
     for chain in chains:
         task, own = chain[-1].task, [run_stage(s) for s in chain]
@@ -527,7 +534,7 @@ def main(arguments=None):
     try:
         start(typed)
     except Exception as error:
-        reason = str(error) if isinstance(error, (InputError, DataError)) else run.reason_of(error)
+        reason = str(error) if isinstance(error, InputError) else run.reason_of(error)
         if reason is None:
             raise
         print(f"train.py: {reason}", file=sys.stderr)

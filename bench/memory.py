@@ -14,7 +14,6 @@ import torch
 
 import distill
 import train
-from data import DataError
 from formats.processes import processes
 from model import InputError
 
@@ -95,7 +94,7 @@ def main(arguments=None):
     try:
         s = stage_of(arguments)
         model, teacher, _ = build_stage(s)
-    except (InputError, DataError) as error:
+    except InputError as error:
         print(f"bench.memory: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"about {estimate_memory(s, model, teacher) / 1e9:.2f} GB at its peak, with rows of {s.max_len} tokens"

@@ -17,7 +17,6 @@ import distill
 import prune
 import train
 from bench.memory import build_stage, stage_of
-from data import DataError
 from formats.run import Log
 from model import InputError
 
@@ -105,7 +104,7 @@ def fastest_product(s):
 def main(arguments=None):
     try:
         measure(stage_of(arguments))
-    except (InputError, DataError) as error:
+    except InputError as error:
         print(f"bench.step_time: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -26,7 +26,7 @@ from formats.files import demand_content
 from model import InputError
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A mistake in a file, not in the program. The message is the one sentence the person at the keyboard reads:
     which file and line, what was found there, what was expected, and what to do."""
 

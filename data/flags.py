@@ -3,7 +3,6 @@ import contextlib
 import os
 import sys
 
-from data import DataError
 from data.tasks import TASKS
 from formats.command import Parser, positive_int, positive_ints, thread_count
 from formats.run import reason_of
@@ -85,7 +84,7 @@ def in_one_sentence():
         print("infer_cpu.py: stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        reason = str(error) if isinstance(error, (InputError, DataError)) else reason_of(
+        reason = str(error) if isinstance(error, InputError) else reason_of(
             error, "--batch-size or --max-len", then="")
         if reason is None:
             raise

@@ -24,6 +24,9 @@ from model import PRESETS, InputError
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
 
+EVALUATED = {"stage", "preset", "init", "task", "data", "corpus", "max_len", "batch_size", "micro_batch", "seed",
+             "threads", "device"}                                            # what --stage evaluate may be given
+
 # May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums. --micro-batch
 # does where there is dropout, whose random numbers are drawn per forward pass: see `deciding`.
 NOT_PART_OF_THE_RUN = ("resume", "out", "micro_batch", "threads")
@@ -60,6 +63,10 @@ def ramp_of(s):
     ends before the ramp does."""
     if s.mask != "gradual":
         return None
+    whole = math.ceil(s.ramp_end / s.update_every) * s.update_every if s.update_every else s.ramp_end
+    if whole >= 1:
+        raise InputError(f"--ramp-end {s.ramp_end:g} in updates of --update-every {s.update_every:g} leaves no step "
+                         f"behind the ramp, over which the learning rate falls; give less")
     every = max(1, round(s.update_every * s.steps))
     # The last update falls on a multiple of `every` at or after the ramp's end, so that the target is always reached.
     end = max(1, math.ceil(s.ramp_end * s.steps / every)) * every
@@ -69,6 +76,41 @@ def ramp_of(s):
         raise InputError(f"--warmup {s.warmup:g} takes more than half of the {s.steps - end} steps behind the ramp, "
                          f"over which the learning rate falls, and its peak would be far above --lr; give less")
     return prune.Ramp(s.sparsity, 0, end, max(end, math.floor(s.update_end * s.steps)), every)
+
+
+def check_ahead(stages, init):
+    """InputError for what would stop a later one of these stages (a list of Settings), before the first is trained:
+    ramps, row lengths, the tasks' files, and whether they fill a batch. init: what the first one starts from, or ""."""
+    config, read = read_config(locate(init))[0] if init not in ("", "random") else None, {}
+    for s in stages:
+        check_length(s.max_len, config or PRESETS[s.preset])
+        if s.steps:
+            ramp_of(s)
+        if not s.task:
+            continue
+        if not s.data and s.preset != "tiny":
+            raise InputError(f"--stage all of a {s.preset} needs --data FOLDER, which holds the tasks; by default it is "
+                             f"the bundled tiny world, for models of its size")
+        if s.task not in read:
+            read[s.task] = tasks.TaskData(s.task, data_folder(s), None, s.max_len)
+        read[s.task].demand_a_batch(s.batch_size)
+
+
+def check_blocks(s, model, say):
+    """A stage that prunes leaves floor(sparsity * blocks) of a layer: InputError where that is none, and `say` is told
+    where blocks are so large that a layer misses its share by more than a hundredth."""
+    pattern, missed = prune.parse_pattern(s.pattern), {}
+    for name, layer in prune.prunable(model) if s.mask == "gradual" and not pattern.group else ():
+        blocks = layer.weight.numel() // (pattern.rows * pattern.columns)
+        share = math.floor(s.sparsity * blocks + 1e-6) / blocks
+        if not share:
+            raise InputError(f"--pattern {s.pattern} makes {blocks} blocks of layer '{name}', and --sparsity "
+                             f"{s.sparsity:g} prunes none of so few; give smaller blocks or more zeros")
+        if s.sparsity - share > 0.01:
+            missed[name] = f"{share:.1%} of '{name}'"
+    if missed:
+        say(f"blocks of {s.pattern} are so large that fewer zeros than --sparsity {s.sparsity:g} come out: "
+            f"{next(iter(missed.values()))}, of {len(missed)} layers")
 
 
 def follow_zeros(s, chosen):
@@ -168,8 +210,13 @@ def check_numbers(s):
     demand(s.batch_size % s.micro_batch == 0, "micro_batch", f"a divisor of the batch size {s.batch_size}")
 
 
-def check_stage(s, allowed_masks):
-    """InputError for settings that do not go together. allowed_masks: list of what --mask may be here."""
+def check_stage(s, allowed_masks, typed):
+    """InputError for settings that do not go together. allowed_masks: list of what --mask may be here; typed: dict of
+    what the command line named."""
+    idle = sorted(typed.keys() - EVALUATED) if s.stage == "evaluate" else ()
+    if idle:
+        raise InputError(f"--stage evaluate trains nothing, and makes no use of --{idle[0].replace('_', '-')}; leave "
+                         f"it out")
     if s.steps and s.epochs:
         raise InputError("--steps and --epochs were both given; choose one")
     encoder = s.stage == "quantize" and s.kd_target == "hidden" and not s.task
@@ -212,7 +259,7 @@ def not_looked_at(s, init, teacher):
     """Settings that this stage makes no use of. init, teacher: its directories, or None."""
     return [*(("pattern",) if s.mask == "dense" else ()),
             *(("ramp_end", "update_end", "update_every") if s.mask != "gradual" else ()),
-            *(("temperature", "kd_weight") if teacher is None else ()),
+            *(("temperature", "kd_weight") if teacher is None or s.kd_target == "hidden" and not s.task else ()),
             *(("kd_target",) if teacher is None or s.task else ()),
             *(("activation_bits", "weight_scales") if s.stage != "quantize" else ()),
             *(("corpus",) if s.task and init else ()), *(("data",) if not s.task else ())]
@@ -240,8 +287,7 @@ def files_of(s, init, teacher):
 
     files = {name: of_model(directory) for name, directory in (("init", init), ("teacher", teacher)) if directory}
     if s.task:
-        folder = data_folder(s) / tasks.TASKS[s.task].folder
-        files["data"] = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        files["data"] = [*tasks.files_of(data_folder(s), tasks.TASKS[s.task], ("train", "dev")).values()]
     if not s.task or init is None:                        # which a new tokenizer is learnt from, too
         tokens = corpus_path(s) / "index.json"            # of a folder of tokens: it names the text they come from
         files["corpus"] = [tokens] if tokens.is_file() else corpus.corpus_files(corpus_path(s))

@@ -100,6 +100,22 @@ def file_of(folder: Path, task: Task, file: str) -> Path:
                       f"that holds {task.folder}/ with {file} in it")
 
 
+def files_of(folder: Path, task: Task, splits: tuple[str, ...]) -> dict[str, Path]:
+    """The files of a task's splits that are there, by the name of the split; MissingFile if one's first is not."""
+    known = {"train": {"train": task.train}, "dev": task.dev, "test": task.test}
+    if "test" in splits and not task.test:
+        raise DataError(f"the test set of {task.folder} is not published; take the dev set")
+    files = {}
+    for split in splits:
+        for number, (name, file) in enumerate(known[split].items()):
+            try:
+                files[name] = file_of(folder, task, file)
+            except MissingFile:
+                if not number:
+                    raise
+    return files
+
+
 def read_table(path: Path, task: Task, labelled: bool = True) -> tuple[list[list[str]], list[int], list[int]]:
     """Read a GLUE file: one list of texts per text column, the class of each row, and the numbers of the rows left out.
 
@@ -264,28 +280,12 @@ class TaskData:
         self._epoch, self._batches = None, None         # a cache, no state: see _epoch_batches
         if max_length < 8:
             raise DataError(f"max_length is {max_length}; expected at least 8 tokens, three of which are special")
-        for name, file in self._files(Path(folder), splits).items():
+        for name, file in files_of(Path(folder), self.task, splits).items():
             if self.kind == "span":
                 self._examples[name] = read_questions(file)
             else:
                 labelled = name not in self.task.test
                 *self._examples[name], self.left_out[name] = read_table(file, self.task, labelled)
-
-    def _files(self, folder: Path, splits: tuple[str, ...]) -> dict[str, Path]:
-        """The files to read, by the name of the split; DataError if a required one is missing."""
-        known = {"train": {"train": self.task.train}, "dev": self.task.dev, "test": self.task.test}
-        if "test" in splits and not self.task.test:
-            raise DataError(f"the test set of {self.task.folder} is not published; take the dev set")
-        wanted = {name: file for split in splits for name, file in known[split].items()}
-        required = [next(iter(known[split])) for split in splits]
-        files = {}
-        for name, file in wanted.items():
-            try:
-                files[name] = file_of(folder, self.task, file)
-            except MissingFile:
-                if name in required:
-                    raise
-        return files
 
     # ---- rows
 
@@ -372,6 +372,17 @@ class TaskData:
         """Training rows (SQuAD: windows)."""
         return len(self._split_rows("train"))
 
+    def demand_a_batch(self, batch_size: int) -> None:
+        """DataError if the training rows are fewer than a batch. Before SQuAD's are tokenized, each of its questions,
+        which make a window or more, counts as enough."""
+        if self.kind == "span":
+            count = len(self._tokenized["train"]) if "train" in self._tokenized else batch_size
+        else:
+            count = len(self._examples["train"][1])
+        if count < batch_size:
+            raise DataError(f"{self.task.folder}/{self.task.train} gives {count} rows, fewer than one batch of "
+                            f"{batch_size}; use a smaller --batch-size")
+
     def rows(self, step: int, batch_size: int, begin: int = 0, end: int | None = None) -> list[dict]:
         """Rows begin … end - 1 of the training batch of `step`: a pure function of (seed, step, row, batch_size).
 
@@ -379,10 +390,8 @@ class TaskData:
         twice in an epoch; the len(self) % batch_size rows left over at its end are dropped, others in each epoch.
         """
         rows = self._split_rows("train")
+        self.demand_a_batch(batch_size)
         per_epoch = len(rows) // batch_size
-        if not per_epoch:
-            raise DataError(f"{self.task.folder}/{self.task.train} gives {len(rows)} rows, fewer than one batch of "
-                            f"{batch_size}; use a smaller --batch-size")
         batch = self._epoch_batches(step // per_epoch, batch_size)[step % per_epoch]
         return [rows[row] for row in batch[begin:end]]
 

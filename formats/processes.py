@@ -37,9 +37,21 @@ def join_processes(batch_size, micro_batch, device):
     if share % min(micro_batch, share):
         raise InputError(f"--micro-batch {micro_batch} does not divide the {share} rows of each of {count} processes; "
                          f"give a divisor of them")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE is {count}, and there is no {' and no '.join(missing)} in the environment; start "
+                         f"the processes with torchrun, or take RANK and WORLD_SIZE out of it")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=SILENCE)
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise InputError(f"process {local} of this machine has no GPU of its own, there are "
+                             f"{torch.cuda.device_count()}; give torchrun a --nproc_per_node of at most that")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=SILENCE)
+    except (RuntimeError, ValueError) as error:             # torch's DistStoreError and its like are RuntimeErrors
+        raise InputError(f"the {count} processes did not find one another ({str(error).splitlines()[0]}); start all of "
+                         f"them with one torchrun command a machine, at the same --rdzv_endpoint") from None
 
 
 def leave_processes():

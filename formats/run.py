@@ -294,6 +294,8 @@ def restore(model, optimizer, state):
         layer.mask.copy_(state["mask"][name])
         layer.act_range.copy_(state["act_range"][name])
     optimizer.load_state_dict(state["optimizer"])
+    for copied in ("model", "mask", "act_range", "optimizer"):          # the caller holds the dict as long as it trains
+        del state[copied]
     return state["step"], state["seconds"]
 
 

@@ -215,6 +215,23 @@ def test_without_a_pooler(bare, world, tmp_path):
                 "sst2", "--steps", "2", *SHORT, "--out", str(tmp_path)])       # the pooler starts fresh
 
 
+def test_a_pooler_that_nothing_would_teach(bare, world, tmp_path, capsys):
+    shutil.copytree(bare, tmp_path / "mlm")
+    tensors, _ = read_safetensors(bare / "model.safetensors")
+    write_safetensors(tmp_path / "mlm" / "model.safetensors",
+                      {name: tensor for name, tensor in tensors.items() if "pooler" not in name})
+    for stage in (["prune"], ["quantize", "--sparsity", "0"]):
+        assert "has no pooler" in fails(capsys, "--stage", *stage, "--kd-target", "hidden", *SHORT, "--corpus",
+                                        world / "corpus.txt", "--init", bare, "--teacher", tmp_path / "mlm", "--steps",
+                                        "4", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_hidden_states_do_not_look_at_may_differ(bare, world, tmp_path):
+    upstream(bare, world, tmp_path, "--steps", "2")
+    upstream(bare, world, tmp_path, "--steps", "2", "--resume", "--temperature", "7", "--kd-weight", "0.1")
+
+
 def test_where_hidden_states_cannot_be_distilled(bare, world, tmp_path, capsys):
     common = ["--kd-target", "hidden", *SHORT, "--corpus", world / "corpus.txt", "--init", bare, "--out", tmp_path,
               "--steps", "4"]

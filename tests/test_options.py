@@ -70,7 +70,7 @@ def test_every_option_reaches_the_loop(stage, flag, value, plain, world, chain, 
 
 
 IDLE = {"corpus": "nowhere", "data": "nowhere", "pattern": "4x1", "ramp_end": "0.25", "update_end": "0.5",
-        "update_every": "0.5", "temperature": "7", "kd_weight": "0.1", "kd_target": "masked", "activation_bits": "7",
+        "update_every": "0.5", "temperature": "7", "kd_weight": "0.1", "kd_target": "masked", "activation_bits": OTHER_BITS,
         "weight_scales": "tensor"}
 
 

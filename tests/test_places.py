@@ -289,6 +289,21 @@ def test_the_final_table_says_on_what_its_runs_were_made(tmp_path, capsys):
         "7 s in all, 100 s of training, 1 and 2 threads, seed 3, P, torch T")
 
 
+def test_a_line_of_the_final_table_has_each_models_own_figure(tmp_path):
+    from formats.report import TABLE_HEAD, table_line
+    for name, accuracy, sparsity, size in (("dense", 0.91, 0.0, 8e6), ("sparse", 0.82, 0.8, 7e6),
+                                           ("int8", 0.5, 0.7, 6e6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({
+            "metrics": {"accuracy": accuracy}, "sparsity": sparsity,
+            "file_bytes": {"model.safetensors": size, "int8.safetensors": size / 4}}))
+    line = table_line("qnli", "accuracy", tmp_path / "dense", tmp_path / "sparse", tmp_path / "int8",
+                      {"metrics": {"accuracy": 0.73}, "engine": "native"})
+    assert line.split() == ["qnli", "accuracy", "91.00%", "82.00%", "73.00%", "70.00%", "8.00", "1.50", "native"]
+    assert TABLE_HEAD.split() == ["task", "metric", "dense", "sparse", "INT8", "sparsity", "dense", "MB", "INT8", "MB",
+                                  "engine"]
+
+
 # ---------------------------------------------------------------- what is said to change nothing
 
 def trained(arguments, directory):

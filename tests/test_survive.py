@@ -17,8 +17,9 @@ import torch
 from conftest import DIRECTORIES, ROOT, commands, exit_code, fails, save_every, start
 from kill_and_resume import torture
 
+import model as network
 import train
-from formats import processes, run, safetensors
+from formats import model_directory, processes, run, safetensors
 from model import InputError
 
 
@@ -201,6 +202,17 @@ def test_a_cluster_that_counts_processes_but_starts_one(monkeypatch):
     assert processes.started_together() == 1
     monkeypatch.setenv("RANK", "0")
     assert processes.started_together() == 4
+
+
+def test_a_restored_checkpoint_is_let_go(chain):
+    """The caller holds the dict as long as it trains; tensors in it would be held twice."""
+    model = model_directory.load(chain / "pretrain", "pretraining", say=lambda line: None)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model.state_dict(), "mask": {}, "act_range": {}, "optimizer": optimizer.state_dict(), "step": 7,
+             "seconds": 1.5}
+    for name, layer in network.linears(model):
+        state["mask"][name], state["act_range"][name] = layer.mask, layer.act_range
+    assert run.restore(model, optimizer, state) == (7, 1.5) and state == {"step": 7, "seconds": 1.5}
 
 
 def test_full_disk(world, chain, tmp_path, monkeypatch):
@@ -427,6 +439,13 @@ def test_what_several_processes_cannot_do(world, chain, capsys, tmp_path, monkey
     assert "--stage all" in fails(capsys, "--stage", "all", "--out", tmp_path / "out")
     assert "--stage evaluate" in fails(capsys, "--stage", "evaluate", "--init", chain / "pretrain")
     assert "multiple" in fails(capsys, *commands(world, tmp_path / "out")["pretrain"])
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    three = [*commands(world, tmp_path / "out")["pretrain"], "--batch-size", "9"]
+    assert "no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT" in fails(capsys, *three)
+    for name, value in (("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "none")):
+        monkeypatch.setenv(name, value)
+    assert "3 processes did not find one another" in fails(capsys, *three)
     assert not (tmp_path / "out").exists()
 
 

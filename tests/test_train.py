@@ -17,7 +17,7 @@ from conftest import DIRECTORIES, ROOT, SHORT, commands, fails, save_every
 import model as network
 import prune
 import train
-from data import batches, encode, recipes, tasks
+from data import DataError, batches, encode, recipes, tasks
 from formats import model_directory, run, safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,6 +43,24 @@ def test_quantized_model_was_trained_on_the_embeddings_of_its_file(chain):
         stem = f"bert.embeddings.{kind}_embeddings."
         rows = packed[stem + "values"] * packed[stem + "weight_scale"][:, None]
         assert torch.allclose(weights[stem + "weight"], rows, rtol=1e-6, atol=0), kind
+
+
+def test_the_first_rounded_step_knows_its_ranges(chain, world, tmp_path, monkeypatch):
+    """Before anything is learnt, they are those of the whole first batch, in however many pieces it comes."""
+    def learns(model, teacher, batch, *others):
+        if len(others) > 1:                                                 # look_at_ranges gives the counts alone
+            found.append({name: layer.act_range.tolist() for name, layer in network.linears(model)})
+            raise KeyboardInterrupt
+        return real(model, teacher, batch, *others)
+    found, real = [], train.distill.loss
+    monkeypatch.setattr(train.distill, "loss", learns)
+    for pieces in ("8", "2"):
+        with pytest.raises(SystemExit):
+            train.main([*commands(world, chain)["quantize"], "--out", str(tmp_path / pieces), "--micro-batch", pieces,
+                        "--init", str(chain / "sst2/sparse-1x4-0.85"), "--teacher", str(chain / "sst2/teacher"),
+                        "--dropout", "0"])
+    assert all(low < high for low, high in found[0].values())
+    assert all(found[1][name] == pytest.approx(values, rel=1e-4) for name, values in found[0].items())
 
 
 def test_sparsity_is_exact_and_locked(chain):
@@ -315,6 +333,52 @@ def test_ramp_scales_with_the_steps():
             assert any(prune.updates_at(t, ramp) and prune.sparsity_at(t, ramp) == 0.85 for t in range(steps))
 
 
+def test_a_ramp_that_no_number_of_steps_helps_says_so(chain, world, tmp_path, capsys):
+    for flags in (["--ramp-end", "1"], ["--ramp-end", "0.95", "--update-every", "0.3"]):
+        message = fails(capsys, *commands(world, chain)["prune"], *flags, "--init", chain / "pretrain", "--teacher",
+                        chain / "pretrain", "--out", tmp_path)
+        assert "--ramp-end" in message and "more --steps" not in message
+    assert not [*tmp_path.iterdir()]                                    # and nothing is left behind
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--warmup", "0.3"], "--warmup 0.3"), (["--ramp-end", "1"], "--ramp-end 1"), (["--data", "nowhere"], "nowhere"),
+    (["--data", "WORLD", "--task", "mnli"], "MNLI"), (["--batch-size", "72", "--data", "WORLD"], "64 rows"),
+    (["--max-len", "4096", "--data", "WORLD"], "positions"),
+    (["--preset", "minilm-l6", "--corpus", "CORPUS"], "--stage all of a minilm-l6 needs --data")])
+def test_the_whole_chain_looks_ahead(flags, words, world, tmp_path, capsys):
+    """What would stop a later stage is said before the first has begun."""
+    places = {"WORLD": world, "CORPUS": world / "corpus.txt"}
+    task = [] if "--task" in flags else ["--task", "sst2"]
+    assert words in fails(capsys, "--stage", "all", *SHORT, "--steps", "12", *task,
+                          *(places.get(flag, flag) for flag in flags), "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_too_large_for_a_share_of_zeros(chain, world, tmp_path, capsys):
+    start = [*commands(world, chain)["prune"], "--init", chain / "pretrain", "--teacher", chain / "pretrain", "--out",
+             tmp_path]
+    assert "makes 1 blocks" in fails(capsys, *start, "--pattern", "128x128", "--sparsity", "0.4")
+    assert not [*tmp_path.iterdir()]
+    train.main([str(argument) for argument in [*start, "--pattern", "64x64", "--sparsity", "0.85"]])
+    assert "fewer zeros than --sparsity 0.85 come out: 75.0% of 'encoder.layers.0.query'" in capsys.readouterr().out
+
+
+def test_evaluating_takes_no_flags_of_training(chain, capsys):
+    for flag, value in (("--lr", "3"), ("--activation-bits", "7"), ("--teacher", "nowhere")):
+        assert f"no use of {flag}" in fails(capsys, "--stage", "evaluate", "--init", chain / "pretrain", flag, value)
+
+
+def test_other_files_beside_a_tasks_are_nothing_to_a_finished_run(chain, world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    arguments = [*commands(world, chain)["teacher"], "--data", str(tmp_path / "world"), "--init",
+                 str(chain / "pretrain"), "--out", str(tmp_path / "out"), "--steps", "2"]
+    train.main(arguments)
+    for name in (".DS_Store", "test.tsv"):
+        (tmp_path / "world" / "SST-2" / name).write_text("x")
+    train.main([*arguments, "--resume"])
+
+
 def test_the_peak_of_a_rewound_rate_stays_near_the_one_asked_for():
     for warmup in (0.0, 0.1, 0.25):
         s = train.resolve({"stage": "prune", "warmup": warmup})
@@ -512,7 +576,7 @@ def test_batches_are_made_ahead_one_step_and_an_error_in_them_is_one_sentence(wo
     def note(data, step, *sizes):
         asked.append(step)
         if step == 4:
-            raise train.DataError("the corpus is gone")
+            raise DataError("the corpus is gone")
         return real(data, step, *sizes)
 
     monkeypatch.setattr(batches, "batches_of", note)
