@@ -7,7 +7,7 @@
     memory.py               how much memory a stage will take
     step_time.py            where the time of a training step goes
     watch.py                how a run stands, from its log
-    measure_*.py            the evidence that README quotes, each with its .json
+    measure_*.py            what the pages quote, each with its .json; of shards, settings and BERT-Large without
     walk.py                 a step of pruning and a sentence through the engine, with their numbers
     forks.py                copies of the project with a diff of docs/ applied
     collect_runs.py         results of a folder of runs

@@ -41,6 +41,14 @@ def collect(root):
             for path in sorted(Path(root).rglob("metrics.json"))}
 
 
+def typed_command(module, words):
+    """The command line that started a module, with names for the places on this machine."""
+    names = {"--init": "MODEL_DIR", "--model": "MODEL_DIR", "--tokenizer": "MODEL_DIR", "--corpus": "TEXT_DIR",
+             "--data": "TASKS_DIR", "--peers": "PEERS/bin/python", "--deepsparse": "DEEPSPARSE/bin/python",
+             "--out": "OUT", "--work": "OUT", "--json": "FILE"}
+    return " ".join([f"python -m {module}", *(names.get(before, word) for before, word in zip(["", *words], words))])
+
+
 def common(records):
     """What all records share of machine and versions, SystemExit where they differ; and their commits, each with how
     many runs it made, the one that made most first."""

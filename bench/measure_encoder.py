@@ -12,7 +12,6 @@ environment of their own:
     python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 sentence-transformers onnx onnxruntime openvino nncf
 """
 import argparse
-import ast
 import itertools
 import json
 import os
@@ -144,9 +143,11 @@ def made(options, pattern):
     from bench.collect_runs import record
     zeros = ["--pattern", pattern, "--sparsity", PATTERNS[pattern], "--recipe", "minilm-l6-hidden", "--preset",
              "minilm-l6", "--corpus", options.corpus, "--out", options.out, "--threads", options.threads, "--resume"]
-    steps = ["--steps", options.steps] if options.steps else []
-    typed("train.py", "--stage", "prune", "--init", options.init, *zeros, *steps)
-    typed("train.py", "--stage", "quantize", "--teacher", options.init, *zeros, *(steps and ["--steps", "6"]))
+    own = [("--steps", options.steps), ("--batch-size", options.batch_size), ("--lr", options.lr)]
+    typed("train.py", "--stage", "prune", "--init", options.init, *zeros,
+          *itertools.chain(*((flag, value) for flag, value in own if value)))
+    rounding = ["--steps", options.rounding_steps] if options.rounding_steps else []
+    typed("train.py", "--stage", "quantize", "--teacher", options.init, *zeros, *rounding)
     folders = {"prune": f"prune-{pattern}-{PATTERNS[pattern]}", "quantize": f"int8-{pattern}-{PATTERNS[pattern]}"}
     return Path(options.out, folders["quantize"]), {stage: record(Path(options.out, folder))
                                                     for stage, folder in folders.items()}
@@ -220,22 +221,6 @@ def speeds(options, directories, groups, rounds):
                    "cosine_to_dense": round(float((first * vectors[name]).sum(1).mean()), 4)} for name in workers}
 
 
-def without_places(words):
-    """The command that was typed, with names for the places on this machine."""
-    names = {"--init": "MODEL_DIR", "--corpus": "TEXT_DIR", "--data": "TASKS_DIR", "--peers": "PEERS/bin/python",
-             "--out": "OUT", "--json": "FILE"}
-    return " ".join(["python -m bench.measure_encoder",
-                     *(names.get(before, word) for before, word in zip(["", *words], words))])
-
-
-def versions(peers):
-    """{package: version} of the peers' environment, {} without one."""
-    packages = ["sentence-transformers", "transformers", "torch", "onnxruntime", "openvino", "nncf"]
-    code = "import sys, importlib.metadata as m; print([m.version(name) for name in sys.argv[1:]])"
-    return dict(zip(packages, ast.literal_eval(subprocess.run([peers, "-c", code, *packages], check=True, text=True,
-                                                              stdout=subprocess.PIPE).stdout))) if peers else {}
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", required=True, help="the folder of the dense encoder")
@@ -246,6 +231,9 @@ def main(arguments=None):
     parser.add_argument("--patterns", type=lambda value: value.split(","), default=list(PATTERNS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", help="of pruning, in place of the recipe's: to try it out, or for less time")
+    parser.add_argument("--batch-size", help="of pruning, in place of the recipe's")
+    parser.add_argument("--lr", help="of pruning, in place of the recipe's")
+    parser.add_argument("--rounding-steps", help="in place of the recipe's")
     parser.add_argument("--speed-only", action="store_true", help="of models pruned in a few steps")
     parser.add_argument("--lines", type=int, default=1_000_000, help="to embed in one file")
     parser.add_argument("--texts", type=int, default=512, help="of each kind, to time")
@@ -253,23 +241,24 @@ def main(arguments=None):
     parser.add_argument("--peers", help="the Python of the environment above")
     typed_here = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(typed_here)
-    options.steps = options.steps or ("12" if options.speed_only else None)
-    from bench.collect_runs import common
+    if options.speed_only:
+        options.steps, options.rounding_steps = options.steps or "12", options.rounding_steps or "6"
+    from bench.collect_runs import common, typed_command
     from data.tasks import read_questions
     from formats.files import write_json
     questions = read_questions(Path(options.data, "SQuAD", "dev-v1.1.json"))
     groups = [[question.question for question in questions],
               list(dict.fromkeys(question.context for question in questions))]
-    result, directories, records = {"command": without_places(typed_here), "models": {}}, [], []
+    result = {"command": typed_command("bench.measure_encoder", typed_here), "models": {}}
+    directories, records = [], []
     for pattern in options.patterns:
         directory, runs = made(options, pattern)
         directories.append(directory)
         records += runs.values()
         result["models"][directory.name] = {**({} if options.speed_only else judged(options, directory)), "runs": runs}
-        write_json(options.json, {**result, **common(records)})
     groups = [group[:options.texts] for group in groups]
     result["speeds"] = {"threads": options.threads, "groups": ["questions", "paragraphs"],
-                        "peers": versions(options.peers),
+                        "peers": measure_speed.peer_versions(options.peers),
                         "contenders": speeds(options, directories, groups, options.rounds)}
     result["memory"] = [embedded(options, directories[0], groups[0], count)
                         for count in (options.lines // 100 or 1, options.lines)]

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.collect_runs import record
+from bench.collect_runs import record, typed_command
 from data.tasks import TASKS
 from formats.files import write_json
 
@@ -134,7 +134,8 @@ def main(arguments=None):
     for name, choices in (("tasks", tuple(TASKS)), ("patterns", tuple(PATTERNS)), ("engines", ("native", "int8")),
                           ("upstream", ("hidden", "gradual", "paper"))):
         parser.add_argument(f"--{name}", type=lambda value: tuple(value.split(",")), default=choices)
-    options = parser.parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(typed)
     jobs = plan(options)
     waiting, done, running, failed, lock = list(jobs), set(), {}, [], threading.Lock()
 
@@ -143,7 +144,8 @@ def main(arguments=None):
             run(job, options)
             with lock:
                 done.add(job.name)
-                write_json(options.json, {"command": sys.argv[1:], "runs": collect(jobs)})
+                write_json(options.json, {"command": typed_command("bench.measure_minilm", typed),
+                                          "runs": collect(jobs)})
         except Exception as error:
             failed.append(str(error))
         finally:

@@ -363,19 +363,30 @@ def startup(settings):
     if not settings.tokenizer:
         raise SystemExit("measure_speed.py: part startup needs --tokenizer")
     path, rows = random_model(settings, "bert-base", 0.8, "1x4", plain=True), []
+    answer = "import sys, infer_cpu; infer_cpu.main(sys.argv[1:]); from bench.measure_shards import peak_memory; " \
+             "print(peak_memory())"
     for engine in ("native", "auto", "fp32") * 3:
         begin = time.perf_counter()
-        child = subprocess.Popen([sys.executable, str(HOME / "infer_cpu.py"), str(path), "--engine", engine, "--text",
-                                  "a warm and funny film", "--threads", "2"], stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        child = subprocess.run([sys.executable, "-c", answer, str(path.resolve()), "--engine", engine, "--text",
+                                "a warm and funny film", "--threads", "2"], stdout=subprocess.PIPE, text=True, cwd=HOME)
+        if child.returncode:
+            raise SystemExit(f"measure_speed.py: engine {engine} failed; its message is above")
         rows.append({"engine": engine, "seconds": round(time.perf_counter() - begin, 2),
-                     "peak_mb": round(usage.ru_maxrss / 1024, 1)})
+                     "peak_mb": round(int(child.stdout.split()[-1]) / 2 ** 20, 1)})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 PARTS = (base, models, lengths, threads, layers, packed, startup)
+
+
+def peer_versions(python):
+    """{package: version} of what an environment of peers has, {} without one."""
+    names = ("sentence-transformers", "transformers", "torch", "onnxruntime", "openvino", "nncf", "deepsparse")
+    code = "import importlib.metadata as m, json, sys; have = {d.name.lower().replace('_', '-'): d.version for d in " \
+           "m.distributions()}; print(json.dumps({name: have[name] for name in sys.argv[1:] if name in have}))"
+    return json.loads(subprocess.run([python, "-c", code, *names], check=True, text=True,
+                                     stdout=subprocess.PIPE).stdout) if python else {}
 
 
 def main():
@@ -396,8 +407,11 @@ def main():
     if settings.worker:
         contender, path, engine, count = settings.worker
         return work(contender, path, engine, int(count))
+    if settings.deepsparse and not settings.peers and not (settings.work / "onnx" / "dense.onnx").is_file():
+        parser.error("--deepsparse needs --peers too, whose packages write the models that it runs")
     sys.path.insert(0, str(HOME))
     from bench.benchmark import machine
+    from bench.collect_runs import typed_command
     from formats.machine import default_activation_bits, processor_name
     from formats.run import versions
     from native.build import native_library
@@ -407,11 +421,15 @@ def main():
     cpu = f"{processor_name()}, {instructions(native_library(default_activation_bits(), print))}"
     here = figures.setdefault(cpu, {})
     for part in PARTS:
-        if settings.part not in (None, part.__name__) or part.__name__ in here and not settings.again:
+        if settings.part not in (None, part.__name__):
+            continue
+        if part.__name__ in here and not settings.again:
+            print(f"--- {part.__name__}: {settings.json} has it for this CPU; --again measures it again", flush=True)
             continue
         print(f"--- {part.__name__}", flush=True)
-        here[part.__name__] = {**versions(HOME), "machine": machine(), "date": time.strftime("%Y-%m-%d"),
-                               "rows": part(settings)}
+        here[part.__name__] = {"command": typed_command("bench.measure_speed", sys.argv[1:]), **versions(HOME),
+                               "peers": {**peer_versions(settings.peers), **peer_versions(settings.deepsparse)},
+                               "machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": part(settings)}
         settings.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """The tiny world's story, measured over seeds: what bench/tiny.json holds and the README quotes.
 
-    python -m bench.measure_tiny --jobs 2 --threads 1         about 15 minutes a seed and core
+    python -m bench.measure_tiny --jobs 2 --threads 1         25 to 40 minutes a seed and core
 
 For each seed and task, through the commands a person would type: dense; the same without pre-training; Prune OFA;
 pruning while fine-tuning (the paper's baseline); INT8, as fake quantization and through the real engine, and how often

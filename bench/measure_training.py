@@ -16,9 +16,9 @@ stands in --json, and the same command goes on from there. It needs tests/requir
 """
 import argparse
 import csv
+import importlib.metadata
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,22 +35,19 @@ import torch.nn.functional as F  # noqa: E402
 import model as network  # noqa: E402
 import prune  # noqa: E402
 import train  # noqa: E402
+from bench.collect_runs import typed_command  # noqa: E402
+from bench.measure_shards import peak_memory  # noqa: E402
 from bench.measure_training_settings import RandomRows  # noqa: E402
 from data import tasks, text  # noqa: E402
 from formats import run  # noqa: E402
 from formats.files import write_file  # noqa: E402
-from formats.machine import has_bf16, keep_freed_memory, processor_name  # noqa: E402
+from formats.machine import has_bf16, keep_freed_memory  # noqa: E402
 
 SIZES = {"minilm-l6": 16, "bert-base": 4}           # rows of a batch; each of 128 word pieces
 LENGTH, TASK_ROWS, THREADS = 128, 32, 2
 PRETRAINING = ("ours, all positions", "ours, masked positions", "transformers, all positions")
 FINE_TUNING = ("ours", "transformers Trainer")
 TARGETS = {"ours, all positions": 2, "ours, masked positions": 4, "ours": 1.5}      # times the speed of theirs in fp32
-
-
-def peak_memory():
-    """Bytes, of this process, up to now."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def our_settings(preset, precision, steps, **more):
@@ -150,7 +147,8 @@ def fine_tune_theirs(precision, steps, folder, directory):
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(output_dir=out, per_device_train_batch_size=TASK_ROWS, max_steps=steps,
                                       learning_rate=5e-5, weight_decay=0.01, use_cpu=True, bf16=precision == "bf16",
-                                      report_to=[], save_strategy="no", disable_tqdm=True)
+                                      report_to=[], save_strategy="no", disable_tqdm=True,
+                                      train_sampling_strategy="group_by_length")        # as ours does
         Trainer(BertForSequenceClassification.from_pretrained(directory), arguments, train_dataset=rows,
                 data_collator=collate, callbacks=[Clock()]).train()
     return [after - before for before, after in zip(ends, ends[1:])]
@@ -214,7 +212,11 @@ def main():
     precisions = ("fp32", "bf16") if has_bf16("cpu") else ("fp32",)
     path = Path(arguments.json)
     found = json.loads(path.read_text()) if path.is_file() else {}
-    found["machine"] = f"{processor_name()}, {THREADS} threads, torch {torch.__version__}"
+    others = ("transformers", "accelerate") if arguments.data else ("transformers",)
+    here = {"threads": THREADS, **run.versions(ROOT), "peers": {name: importlib.metadata.version(name) for name in others}}
+    if found and found.get("made_with") != here:
+        sys.exit(f"{path} has figures of another machine, commit or package; give another --json")
+    found |= {"made_with": here, "command": typed_command("bench.measure_training", sys.argv[1:])}
     for done in range(1, arguments.rounds + 1):
         for what, contenders in tables.items():
             for key in [f"{what}|{contender}|{precision}" for contender in contenders for precision in precisions]:
@@ -222,13 +224,13 @@ def main():
                     continue
                 print(f"round {done}: {key}", flush=True)
                 command = [sys.executable, __file__, *sys.argv[1:], "--child", *key.split("|")]
-                run = subprocess.run(command, capture_output=True, text=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": str(THREADS)})
-                if run.returncode:
-                    sys.exit(run.stderr)
-                found.setdefault(key, []).append(json.loads(run.stdout.splitlines()[-1]))
+                child = subprocess.run(command, capture_output=True, text=True,
+                                       env={**os.environ, "OMP_NUM_THREADS": str(THREADS)})
+                if child.returncode:
+                    sys.exit(child.stderr)
+                found.setdefault(key, []).append(json.loads(child.stdout.splitlines()[-1]))
                 write_file(path, json.dumps(found, indent=1) + "\n")
-    print(found.pop("machine"))
+    print(here["processor"], THREADS, "threads, torch", here["torch"])
     for what, contenders in tables.items():
         show(what, contenders, precisions, found)
 
