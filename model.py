@@ -176,18 +176,21 @@ class Encoder(nn.Module):
 
     def states(self, input_ids, attention_mask, token_type_ids):
         """Yields the hidden states (B, T, H) after each layer in turn."""
-        length = input_ids.shape[1]
-        self.check_length(length)
+        self.check_length(input_ids.shape[1])
         if self.observe is not None:
             self.observe(attention_mask)
-        x = self.word(input_ids) + self.position.weight[:length]                                # (B, T, H) + (T, H)
-        if self.token_type is not None:
-            x = x + self.token_type(token_type_ids)                                             # (B, T, H)
-        x = self.dropout(self.norm(x))
+        x = self.embedded(input_ids, token_type_ids)
         mask = attention_mask.bool()[:, None, None, :]                                          # (B, 1, 1, T)
         for layer in self.layers:
             x = layer(x, mask)                                                                  # (B, T, H)
             yield x
+
+    def embedded(self, input_ids, token_type_ids):
+        """What the first layer reads, (B, T, H)."""
+        x = self.word(input_ids) + self.position.weight[:input_ids.shape[1]]                    # (B, T, H) + (T, H)
+        if self.token_type is not None:
+            x = x + self.token_type(token_type_ids)                                             # (B, T, H)
+        return self.dropout(self.norm(x))
 
     def pooled(self, hidden):
         """The first token through the pooler's tanh layer: (B, T, H) -> (B, H)."""

@@ -2,7 +2,7 @@
 
 Everything about time is a pure function of the optimizer step, so that a resumed run needs nothing but its step number.
 Sources: arXiv 2111.05754 (Prune Once for All), arXiv 1710.01878 (cubic ramp), arXiv 2003.02389 (learning-rate
-rewinding).
+rewinding); and beside the paper, arXiv 2401.02938 (a layer's outputs kept).
 """
 import math
 import re
@@ -158,6 +158,36 @@ def learning_rate_factor(step, steps, warmup, ramp=None):
     else:
         position = steps - step
     return max(0.0, position / max(1, decaying - warmup))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In place of the ramp: all zeros at once, the weights that live set anew
+
+ROUNDS, LAST_CUT, DAMPING, PENALTY = 30, 20, 0.02, 0.1
+
+
+def reconstruct(weight, gram, cross, sparsity, pattern=Pattern()):
+    """The mask and the weights W that change a layer's outputs little: min ||W_0 X_0 - W X||^2 with W = mask * W, by
+    the alternating direction method of multipliers (arXiv 2401.02938, whose X_0 is X).
+
+    weight      W_0 (out, in), dense
+    gram, cross float64 (in, in): X X^T and X_0 X^T of the inputs (in, tokens) that the layer has in the pruned model
+                and in the dense one
+    Returns (W like weight, mask bool): a mask has exactly as many zeros as `magnitude_mask`'s, which chooses it from
+    the weights of inputs that are scaled to one length, ever more of them in the first LAST_CUT of ROUNDS.
+    """
+    scale, eye = gram.diagonal().sqrt().clamp_min(1e-6), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    free = dense = weight.detach().to(gram.dtype) * scale                       # what follows is in scaled inputs
+    target = weight.detach().to(gram.dtype) @ cross / scale + DAMPING * dense
+    inverse = torch.linalg.inv(gram / scale / scale[:, None] + (DAMPING + PENALTY) * eye)
+    dual, ramp = torch.zeros_like(dense), Ramp(sparsity, 0, LAST_CUT, LAST_CUT, 1)
+    for number in range(ROUNDS):
+        if number < LAST_CUT:
+            mask = magnitude_mask(free + dual, sparsity_at(number + 1, ramp), pattern)
+        pruned = mask * (free + dual)
+        dual += free - pruned
+        free = (target + PENALTY * (pruned - dual)) @ inverse
+    return (mask * (free + dual) / scale).to(weight.dtype), mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,20 +24,21 @@ import model as network
 import prune
 import quant
 from data import shards, tasks, text
-from data.batches import batches_ahead, dropout_seed, rows_at_once, to_device
-from data.encode import check_pairs, evaluation_data, match_classes, tokenizer_of
+from data.batches import batches_ahead, dropout_seed
+from data.calibrate import cut
+from data.encode import check_pairs, tokenizer_of
+from data.evaluate import autocast, evaluate, run_evaluate
 from data.recipes import RECIPES
 from data.settings import (LEAST_SPARSITY, check_ahead, check_blocks, check_device, check_length, check_numbers,
                            check_stage, check_teacher, corpus_path, data_folder, deciding, follow_zeros, free_zeros,
                            preset_for, pretraining_data, ramp_of, recipe_for, start_vocabulary)
 from formats import model_directory, page, run
 from formats.command import Parser, add_settings, show_any_letter
-from formats.config import compression_of, read_config, rounding_of
+from formats.config import read_config
 from formats.files import write_json
 from formats.hub import locate
 from formats.int8 import write_int8
 from formats.machine import cores, default_activation_bits, has_bf16, keep_freed_memory
-from formats.model_directory import kind_of
 from formats.patterns import pattern_of
 from formats.processes import (add_gradients, demand_agreement, join_processes, leave_processes, processes,
                                started_together, summed)
@@ -68,6 +69,7 @@ class Settings:
     data: str = ""                    # folder that holds SST-2 MNLI QQP QNLI SQuAD; default: the bundled tiny world
     # pruning
     sparsity: float | None = None     # share of zeros in a pruned layer; 0 with finetune: the dense model; default 0.85
+    criterion: str = "magnitude"      # magnitude: the least weights, on a ramp; reconstruction: all at once, see prune.py
     pattern: str = "unstructured"     # unstructured, RxC blocks (1x4: four inputs of one output), or N:M
     mask: str = ""                    # dense, locked, or gradual (pruning during the task); default: the stage's own
     ramp_end: float = 0.5             # share of the steps after which the target sparsity is reached
@@ -100,11 +102,10 @@ class Settings:
 CHOICES = {
     "stage": ("pretrain", "prune", "finetune", "quantize", "evaluate", "all"), "preset": tuple(network.PRESETS),
     "recipe": (*(name for name in RECIPES if name not in network.PRESETS), "help"),
-    "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_target": ("all", "masked", "hidden"),
+    "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_target": ("all", "masked", "hidden"), "criterion": ("magnitude", "reconstruction"),
     "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
     "activation_bits": (7, 8),
 }
-VALIDATION_ROWS = 3200     # of the held-out text that are looked at, at most
 LARGEST_GRADIENT = 1.0     # its norm is cut down to that, as in BERT's own training (arXiv 1810.04805, its code)
 
 
@@ -261,6 +262,8 @@ def run_stage(s):
             f"{len(data):,} rows an epoch; starts from {init or 'random weights'}, "
             f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
     try:
+        if s.criterion == "reconstruction" and state is None:
+            cut(model, data, s.sparsity, prune.parse_pattern(s.pattern), log.say)
         seconds = train(s, model.to(s.device), teacher, data, decided, log, out, state)
         leave_processes()                                 # the rest is for one
         if log.directory:
@@ -398,10 +401,6 @@ def look_at_ranges(s, model, teacher, batches):
     quant.update_ranges(model)
 
 
-def autocast(s):
-    return torch.autocast(s.device, dtype=torch.bfloat16, enabled=s.precision == "bf16")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # After the loop
 
@@ -430,53 +429,6 @@ def finish_stage(s, model, teacher, tokenizer, data, log, seconds):
     log.say(format_metrics(metrics) + f", sparsity {sparsity:.4%}, {seconds:,.0f} s of training; wrote {out}")
     write_json(out / "metrics.json", result)
     run.clear_checkpoints(out)
-
-
-@torch.no_grad()
-def evaluate(s, model, data, teacher=None):
-    """Metrics of the task, or the losses on the held-out documents: the labels' alone, but for an encoder's."""
-    model.eval()
-    with autocast(s):
-        if model.kind in ("classification", "span"):
-            def predict(batch):
-                batch = to_device(batch, s.device)
-                return model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-            return data.evaluate(predict, batch_size=min(32, rows_at_once(s)))[0]
-        rows = rows_at_once(s)
-        batches = [to_device(batch, s.device) for batch in data.validation_batches(rows, -(-VALIDATION_ROWS // rows))]
-        denominators, sums = distill.denominators(batches), {}
-        for batch in batches:
-            for name, value in distill.loss(model, teacher if model.kind == "encoder" else None, batch,
-                                            denominators)[1].items():
-                sums[name] = sums.get(name, 0.0) + value
-    if not denominators["masked"]:
-        sums.pop("mlm", None)                                   # there was no word to predict
-    return {f"validation_{name}_loss": value for name, value in sums.items()}
-
-
-def run_evaluate(s):
-    """--stage evaluate: load a finished directory as it is stored (rounding included) and print its metrics."""
-    if not s.init:
-        raise InputError("--stage evaluate needs --init DIR, the model directory to evaluate")
-    torch.set_num_threads(s.threads)
-    init = locate(s.init)
-    (kind, config, _), compression = kind_of(init), compression_of(init)
-    if kind == "pretraining" and not s.task:
-        length = s.max_len or compression.get("max_len") or min(128, config.max_position_embeddings)
-        check_length(length, config)
-        data = pretraining_data(s, tokenizer_of(init), length, config)
-    else:
-        s.task, data = evaluation_data(init, kind, s.task, s.data, s.max_len)
-    for note in data.notes():
-        print(note)
-    model = model_directory.load(init, kind)
-    match_classes(data, model, init)
-    if "activation_bits" in compression:
-        quant.prepare(model, *rounding_of(init))
-    if prune.measured_sparsity(model) >= LEAST_SPARSITY:
-        print("\n".join(format_kinds(model)))
-    metrics = evaluate(s, model.to(s.device), data)
-    print(f"{s.init}: {format_metrics(metrics)}, sparsity {prune.measured_sparsity(model):.4%}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@
     tiny.py       a small invented world: text and all five tasks, so that everything runs without a download
     download.py   the published task files and Wikipedia's dump, fetched, verified and unpacked for the readers
     batches.py    a step's rows, shared among processes, made while the step before it computes
+    calibrate.py  what layers read, for pruning all at once
+    evaluate.py   the metrics of a model
     encode.py     what a person types, or a task's files, as batches for the model in a directory
     embed.py      texts and lines as vectors, by an encoder; retrieval
     recipes.py    hyper-parameters, with the source of each number

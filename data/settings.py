@@ -61,7 +61,7 @@ def recipe_for(s, typed):
 def ramp_of(s):
     """The settings' shares of the run as optimizer steps, or None where the stage does not prune. InputError if the run
     ends before the ramp does."""
-    if s.mask != "gradual":
+    if s.mask != "gradual" or s.criterion == "reconstruction":
         return None
     whole = math.ceil(s.ramp_end / s.update_every) * s.update_every if s.update_every else s.ramp_end
     if whole >= 1:
@@ -236,6 +236,9 @@ def check_stage(s, allowed_masks, typed):
     if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
         raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
                          + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
+    if s.criterion == "reconstruction" and s.stage == "finetune" and s.mask == "gradual":
+        raise InputError("--criterion reconstruction looks at the text of --corpus, in --stage prune; leave it out with "
+                         "--mask gradual")
     if s.stage == "prune" and not s.sparsity:
         raise InputError("--stage prune needs a --sparsity above 0, for example 0.85")
     if s.kd_target == "hidden" and (s.stage == "pretrain" or s.teacher == "none"):
@@ -258,7 +261,8 @@ def check_device(s):
 def not_looked_at(s, init, teacher):
     """Settings that this stage makes no use of. init, teacher: its directories, or None."""
     return [*(("pattern",) if s.mask == "dense" else ()),
-            *(("ramp_end", "update_end", "update_every") if s.mask != "gradual" else ()),
+            *(("criterion",) if s.mask != "gradual" else ()),
+            *(("ramp_end", "update_end", "update_every") if s.mask != "gradual" or s.criterion != "magnitude" else ()),
             *(("temperature", "kd_weight") if teacher is None or s.kd_target == "hidden" and not s.task else ()),
             *(("kd_target",) if teacher is None or s.task else ()),
             *(("activation_bits", "weight_scales") if s.stage != "quantize" else ()),

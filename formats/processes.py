@@ -91,6 +91,12 @@ def summed(numbers, device):
     return dict(zip(numbers, total.tolist()))
 
 
+def as_in_the_first(tensor):
+    """Fill a tensor, in every process, with what it holds in the first."""
+    if dist.is_initialized():
+        dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, 0)
+
+
 def add_gradients(model):
     """Replace every gradient by its sum over all processes. Each loss was divided by the counts of all of them."""
     if dist.is_initialized():
