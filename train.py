@@ -262,7 +262,7 @@ def run_stage(s):
             f"{len(data):,} rows an epoch; starts from {init or 'random weights'}, "
             f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
     try:
-        if s.criterion == "reconstruction" and state is None:
+        if s.mask == "gradual" and s.criterion == "reconstruction" and state is None:
             cut(model, data, s.sparsity, prune.parse_pattern(s.pattern), log.say)
         seconds = train(s, model.to(s.device), teacher, data, decided, log, out, state)
         leave_processes()                                 # the rest is for one

@@ -143,7 +143,8 @@ def made(options, pattern):
     from bench.collect_runs import record
     zeros = ["--pattern", pattern, "--sparsity", PATTERNS[pattern], "--recipe", "minilm-l6-hidden", "--preset",
              "minilm-l6", "--corpus", options.corpus, "--out", options.out, "--threads", options.threads, "--resume"]
-    own = [("--steps", options.steps), ("--batch-size", options.batch_size), ("--lr", options.lr)]
+    own = [("--steps", options.steps), ("--batch-size", options.batch_size), ("--lr", options.lr),
+           ("--criterion", options.criterion)]
     typed("train.py", "--stage", "prune", "--init", options.init, *zeros,
           *itertools.chain(*((flag, value) for flag, value in own if value)))
     rounding = ["--steps", options.rounding_steps] if options.rounding_steps else []
@@ -233,6 +234,7 @@ def main(arguments=None):
     parser.add_argument("--steps", help="of pruning, in place of the recipe's: to try it out, or for less time")
     parser.add_argument("--batch-size", help="of pruning, in place of the recipe's")
     parser.add_argument("--lr", help="of pruning, in place of the recipe's")
+    parser.add_argument("--criterion", help="of pruning, in place of the recipe's")
     parser.add_argument("--rounding-steps", help="in place of the recipe's")
     parser.add_argument("--speed-only", action="store_true", help="of models pruned in a few steps")
     parser.add_argument("--lines", type=int, default=1_000_000, help="to embed in one file")

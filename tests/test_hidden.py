@@ -1,5 +1,6 @@
 """Hidden states in place of the vocabulary: the loss by hand and by finite differences, an encoder without heads pruned
 from raw text, and what it transfers to. Vocabulary heads that start on an encoder that has none."""
+import copy
 import json
 import math
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, fails
+from conftest import SHORT, commands, fails, save_every
 from test_distill import BERT, DISTILBERT, assert_same_gradients, gradients, inputs_of, make_batch
 
 import distill
@@ -16,7 +17,7 @@ import model as network
 import prune
 import train
 from bench import measure_minilm
-from data import text
+from data import calibrate, text
 from data.corpus import read_documents
 from data.settings import start_vocabulary
 from formats import model_directory, sentence
@@ -193,6 +194,77 @@ def test_an_encoder_without_heads_is_pruned_and_transfers(bare, world, tmp_path,
     with pytest.raises(SystemExit):
         infer_cpu.main([str(directory), "--text", "good"])
     assert "without a task" in capsys.readouterr().err
+
+
+@pytest.fixture
+def little_text(monkeypatch):
+    monkeypatch.setattr(calibrate, "TOKENS", 4096)
+
+
+def test_what_a_layer_reads_is_what_reaches_its_linears(chain):
+    """Held against torch's own hooks, with padding in the rows; the slot is empty again afterwards."""
+    model = model_directory.load(chain / "pretrain", "encoder", say=lambda line: None).eval()
+    old, layer = (torch.nn.ModuleList(copy.deepcopy(model.encoder.layers))[0] for _ in range(2))
+    ids = torch.randint(5, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    real = torch.arange(12) < torch.tensor([[12], [5], [9]])
+    with torch.no_grad():
+        layer.query.weight *= 0.5
+        ours = model.encoder.embedded(ids, torch.zeros_like(ids))
+        theirs = ours + 0.1
+        for name in ("query", "attention_output", "intermediate", "output"):
+            caught = []
+            for each, hidden in ((layer, ours), (old, theirs)):
+                hook = getattr(each, name).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0][real]))
+                each(hidden, real[:, None, None])
+                hook.remove()
+            gram, cross = calibrate.products(layer, old, getattr(layer, name), getattr(old, name),
+                                             [(real, ours, theirs)])
+            assert torch.allclose(gram, (caught[0].T @ caught[0]).double(), rtol=1e-5, atol=1e-4)
+            assert torch.allclose(cross, (caught[1].T @ caught[0]).double(), rtol=1e-5, atol=1e-4)
+            assert getattr(layer, name).fake_quant is None is getattr(old, name).fake_quant
+
+
+def test_all_zeros_at_once_start_nearer_than_by_magnitude(bare, world, tmp_path, little_text, capsys):
+    """After two steps, with the share of zeros that was asked for in every layer, the pooler's too."""
+    errors = {}
+    for name, flags in (("reconstruction", ["--criterion", "reconstruction"]),
+                        ("magnitude", ["--ramp-end", "0", "--update-end", "0"])):
+        result = json.loads((upstream(bare, world, tmp_path / name, "--steps", "2", *flags)
+                             / "metrics.json").read_text())
+        errors[name] = sum(result["metrics"].values())
+        assert all(zeros == 4 * int(0.8 * weights / 4) for weights, zeros in result["layers"].values())
+    assert errors["reconstruction"] < 0.8 * errors["magnitude"], errors
+    assert "all zeros at once, of 4," in capsys.readouterr().out
+
+
+def test_the_zeros_of_reconstruction_stay_and_a_killed_run_goes_on(bare, world, tmp_path, little_text, monkeypatch):
+    """To the same bits; and text is looked at once, in the first session."""
+    whole = upstream(bare, world, tmp_path / "whole", "--steps", "6", "--criterion", "reconstruction")
+    save_every(monkeypatch, 3)
+    real, looked = train.run.save_checkpoint, []
+
+    def stop(*arguments):
+        real(*arguments)
+        if arguments[4] == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train.run, "save_checkpoint", stop)
+    with pytest.raises(SystemExit):
+        upstream(bare, world, tmp_path / "parts", "--steps", "6", "--criterion", "reconstruction")
+    monkeypatch.setattr(train.run, "save_checkpoint", real)
+    monkeypatch.setattr(train, "cut", lambda *_: looked.append(True))
+    parts = upstream(bare, world, tmp_path / "parts", "--steps", "6", "--criterion", "reconstruction", "--resume")
+    first, second = (read_safetensors(path / "model.safetensors")[0] for path in (whole, parts))
+    assert not looked and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_reconstruction_with_the_papers_loss_and_where_it_cannot_be(chain, world, tmp_path, little_text, capsys):
+    arguments = [*commands(world, chain)["prune"], "--init", str(chain / "pretrain"), "--teacher",
+                 str(chain / "pretrain"), "--criterion", "reconstruction", "--out", str(tmp_path)]
+    train.main(arguments)
+    result = json.loads((tmp_path / "prune-1x4-0.85" / "metrics.json").read_text())
+    assert result["sparsity"] == pytest.approx(0.85, abs=1e-3)
+    assert "--stage prune" in fails(capsys, "--stage", "finetune", "--mask", "gradual", "--criterion", "reconstruction",
+                                    "--task", "sst2", "--data", world, *SHORT, "--init", chain / "pretrain")
 
 
 def test_distilling_beats_pruning_alone(bare, world, tmp_path):

@@ -9,7 +9,7 @@ from conftest import DIRECTORIES, commands
 
 import model as network
 import train
-from data import settings
+from data import calibrate, settings
 from data.batches import dropout_seed
 from formats.machine import default_activation_bits
 from formats.safetensors import read_safetensors
@@ -22,7 +22,8 @@ TAUGHT = [("--temperature", "7"), ("--kd-weight", "0.1"), ("--teacher", "none")]
 OPTIONS = {
     "pretrain": [*COMMON, ("--precision", "fp32")],
     "prune": [*COMMON, *TAUGHT, ("--kd-target", "masked"), ("--sparsity", "0.5"), ("--pattern", "4x1"),
-              ("--ramp-end", "0.25"), ("--update-end", "0.5"), ("--update-every", "0.5"), ("--init", "teacher")],
+              ("--ramp-end", "0.25"), ("--update-end", "0.5"), ("--update-every", "0.5"), ("--init", "teacher"),
+              ("--criterion", "reconstruction")],
     "teacher": [*COMMON, ("--init", "random")],
     "finetune": [*COMMON, *TAUGHT],
     "gradual": [*COMMON, *TAUGHT, ("--sparsity", "0.5"), ("--pattern", "1x4"), ("--ramp-end", "0.25")],
@@ -49,6 +50,11 @@ def weights_of(stage, world, chain, out, *changes):
     return read_safetensors(directory / "model.safetensors")[0]
 
 
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch):
+    monkeypatch.setattr(calibrate, "TOKENS", 2048)
+
+
 @pytest.fixture(scope="module")
 def plain(world, chain, tmp_path_factory):
     return {stage: weights_of(stage, world, chain, tmp_path_factory.mktemp("plain")) for stage in OPTIONS}
@@ -69,7 +75,7 @@ def test_every_option_reaches_the_loop(stage, flag, value, plain, world, chain, 
     assert any(not torch.equal(changed[name], tensor) for name, tensor in plain[stage].items())
 
 
-IDLE = {"corpus": "nowhere", "data": "nowhere", "pattern": "4x1", "ramp_end": "0.25", "update_end": "0.5",
+IDLE = {"criterion": "reconstruction", "corpus": "nowhere", "data": "nowhere", "pattern": "4x1", "ramp_end": "0.25", "update_end": "0.5",
         "update_every": "0.5", "temperature": "7", "kd_weight": "0.1", "kd_target": "masked", "activation_bits": OTHER_BITS,
         "weight_scales": "tensor"}
 
