@@ -263,7 +263,7 @@ def run_stage(s):
             f"teacher: {teacher_directory or 'none'}" + f"; {processes()} processes" * (processes() > 1))
     try:
         if s.mask == "gradual" and s.criterion == "reconstruction" and state is None:
-            cut(model, data, s.sparsity, prune.parse_pattern(s.pattern), log.say)
+            cut(model.to(s.device), data, s.sparsity, prune.parse_pattern(s.pattern), log.say)
         seconds = train(s, model.to(s.device), teacher, data, decided, log, out, state)
         leave_processes()                                 # the rest is for one
         if log.directory:

@@ -38,7 +38,7 @@ def cut(model, data, sparsity, pattern, say):
                        for real, ours, theirs in batches]
     errors = [((ours - theirs)[real].square().sum(), theirs[real].square().sum()) for real, ours, theirs in batches]
     if encoder.pooler is not None:
-        firsts = [torch.cat([hidden[i][:, 0] for hidden in batches]).double() for i in (1, 2)]
+        firsts = [torch.cat([hidden[i][:, 0] for hidden in batches]).cpu().double() for i in (1, 2)]
         replace([(encoder.pooler, dense.pooler)], firsts[0].T @ firsts[0], firsts[1].T @ firsts[0], sparsity, pattern)
     model.train(was_training)
     share = sum(float(error) for error, _ in errors) / sum(float(size) for _, size in errors)
@@ -47,13 +47,13 @@ def cut(model, data, sparsity, pattern, say):
 
 
 def products(layer, old, reader, old_reader, batches):
-    """X X^T and X_0 X^T, float64 (in, in), of what the Linear `reader` of a layer reads and `old_reader` in the old
+    """X X^T and X_0 X^T, float64 (in, in) on the CPU, of what the Linear `reader` of a layer reads and `old_reader` in the old
     one, over all real tokens."""
     gram, cross = 0.0, 0.0
     for real, ours, theirs in batches:
         inputs = [read_by(each, linear, hidden, real) for each, linear, hidden in
                   ((layer, reader, ours), (old, old_reader, theirs))]
-        gram, cross = gram + (inputs[0].T @ inputs[0]).double(), cross + (inputs[1].T @ inputs[0]).double()
+        gram, cross = (total + (each.T @ inputs[0]).cpu().double() for total, each in zip((gram, cross), inputs))
     return gram, cross
 
 
@@ -73,7 +73,7 @@ def read_by(layer, linear, hidden, real):
 def replace(pairs, gram, cross, sparsity, pattern):
     """Set mask and weights of the first Linear of each pair to what keeps the outputs of the second."""
     for linear, old in pairs:
-        weight, mask = prune.reconstruct(old.weight, gram, cross, sparsity, pattern)
+        weight, mask = prune.reconstruct(old.weight.cpu(), gram, cross, sparsity, pattern)
         linear.weight.copy_(weight)
         linear.mask.copy_(mask)
         as_in_the_first(linear.weight)          # sums are rounded in another way on another machine
