@@ -102,9 +102,9 @@ class Settings:
 CHOICES = {
     "stage": ("pretrain", "prune", "finetune", "quantize", "evaluate", "all"), "preset": tuple(network.PRESETS),
     "recipe": (*(name for name in RECIPES if name not in network.PRESETS), "help"),
-    "task": tuple(tasks.TASKS), "mask": ("dense", "locked", "gradual"), "kd_target": ("all", "masked", "hidden"), "criterion": ("magnitude", "reconstruction"),
-    "weight_scales": ("row", "tensor"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
-    "activation_bits": (7, 8),
+    "task": tuple(tasks.TASKS), "criterion": ("magnitude", "reconstruction"), "mask": ("dense", "locked", "gradual"),
+    "kd_target": ("all", "masked", "hidden"), "activation_bits": (7, 8), "weight_scales": ("row", "tensor"),
+    "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda", "mps"),
 }
 LARGEST_GRADIENT = 1.0     # its norm is cut down to that, as in BERT's own training (arXiv 1810.04805, its code)
 

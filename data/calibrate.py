@@ -29,7 +29,7 @@ def cut(model, data, sparsity, pattern, say):
         batches.append((batch["attention_mask"].bool().to(device), *[encoder.embedded(
             batch["input_ids"].to(device), batch["token_type_ids"].to(device))] * 2))
     with tqdm(total=len(encoder.layers) * len(ORDER), desc="reconstruction", unit="product") as bar:
-        for number, (layer, old) in enumerate(zip(encoder.layers, dense.layers)):
+        for layer, old in zip(encoder.layers, dense.layers):
             for names in ORDER:
                 pairs = [(getattr(layer, name), getattr(old, name)) for name in names]
                 replace(pairs, *products(layer, old, *pairs[0], batches), sparsity, pattern)
@@ -47,8 +47,8 @@ def cut(model, data, sparsity, pattern, say):
 
 
 def products(layer, old, reader, old_reader, batches):
-    """X X^T and X_0 X^T, float64 (in, in) on the CPU, of what the Linear `reader` of a layer reads and `old_reader` in the old
-    one, over all real tokens."""
+    """X X^T and X_0 X^T, float64 (in, in) on the CPU, of what the Linear `reader` of a layer reads and `old_reader` in
+    the old one, over all real tokens."""
     gram, cross = 0.0, 0.0
     for real, ours, theirs in batches:
         inputs = [read_by(each, linear, hidden, real) for each, linear, hidden in
