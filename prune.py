@@ -163,7 +163,7 @@ def learning_rate_factor(step, steps, warmup, ramp=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # In place of the ramp: all zeros at once, the weights that live set anew
 
-ROUNDS, LAST_CUT, DAMPING, PENALTY = 30, 20, 0.02, 0.1
+ROUNDS, LAST_CUT, DAMPING, PENALTY = 30, 20, 0.05, 1.0
 
 
 def reconstruct(weight, gram, cross, sparsity, pattern=Pattern()):
@@ -176,11 +176,13 @@ def reconstruct(weight, gram, cross, sparsity, pattern=Pattern()):
     Returns (W like weight, mask bool): a mask has exactly as many zeros as `magnitude_mask`'s, which chooses it from
     the weights of inputs that are scaled to one length, ever more of them in the first LAST_CUT of ROUNDS.
     """
-    scale, eye = gram.diagonal().sqrt().clamp_min(1e-6), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    free = dense = weight.detach().to(gram.dtype) * scale                       # what follows is in scaled inputs
-    target = weight.detach().to(gram.dtype) @ cross / scale + DAMPING * dense
-    inverse = torch.linalg.inv(gram / scale / scale[:, None] + (DAMPING + PENALTY) * eye)
-    dual, ramp = torch.zeros_like(dense), Ramp(sparsity, 0, LAST_CUT, LAST_CUT, 1)
+    eye, weight_0 = torch.eye(len(gram), dtype=gram.dtype), weight.detach().to(gram.dtype)
+    ridge = DAMPING * gram.diagonal().mean().clamp_min(1e-12) * eye         # an input that is hardly ever there stays
+    gram, cross = gram + ridge, cross + ridge                               # as it was
+    scale = gram.diagonal().sqrt()
+    target, inverse = weight_0 @ cross / scale, torch.linalg.inv(gram / scale / scale[:, None] + PENALTY * eye)
+    free, dual = weight_0 * scale, torch.zeros_like(weight_0)               # for inputs that are scaled
+    ramp = Ramp(sparsity, 0, LAST_CUT, LAST_CUT, 1)
     for number in range(ROUNDS):
         if number < LAST_CUT:
             mask = magnitude_mask(free + dual, sparsity_at(number + 1, ramp), pattern)

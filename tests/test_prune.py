@@ -13,8 +13,8 @@ from formats.model_directory import load, save
 from formats.report import format_report
 from model import InputError, ModelConfig, build, linears
 from prune import (Pattern, Ramp, burn_in, check_pattern, learning_rate_factor, lock, magnitude_mask,
-                   measured_sparsity, parse_pattern, prunable, reconstruct, report, resolve_sparsity, sparsity_at, tiles,
-                   update_masks, updates_at)
+                   measured_sparsity, parse_pattern, prunable, report, resolve_sparsity, sparsity_at, update_masks,
+                   updates_at)
 
 REFERENCE_RUN = Ramp(0.9, 0, 50_000, 80_000, 1000)           # of the 100,000 steps of the paper's MLM run
 
@@ -209,61 +209,6 @@ def test_masks_equal_the_papers_reference_code(pattern, sparsity, weights, rows)
     weight = np.frombuffer(base64.b64decode(REFERENCE_WEIGHTS[weights]), "<i4").reshape(12, 24) / 1e6
     expected = [[bit == "1" for bit in f"{int(row, 16):024b}"] for row in rows.split()]
     assert magnitude_mask(torch.tensor(weight).float(), sparsity, parse_pattern(pattern)).tolist() == expected
-
-
-def layer_and_inputs(seed=0, out=12, columns=16, tokens=300):
-    """A dense weight, correlated inputs of the dense model, and what the pruned one reads in their place."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, columns, generator=generator)
-    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / torch.arange(1, columns + 1)
-    dense = mixing @ torch.randn(columns, tokens, generator=generator, dtype=torch.float64)
-    return weight, dense, dense + 0.3 * torch.randn(dense.shape, generator=generator, dtype=torch.float64)
-
-
-def least_squares(weight, mask, dense, inputs):
-    """Row by row the weights under a mask whose outputs on `inputs` are next to the dense ones: normal equations."""
-    found = torch.zeros(weight.shape, dtype=torch.float64)
-    for row, keep, aim in zip(found, mask, weight.double() @ dense):
-        row[keep] = torch.linalg.lstsq(inputs[keep].T, aim[:, None]).solution[:, 0]
-    return found
-
-
-def output_error(weight, original, dense, inputs):
-    return float((original.double() @ dense - weight.double() @ inputs).square().sum())
-
-
-@pytest.mark.parametrize("pattern, sparsity", [(Pattern(), 0.7), (Pattern(1, 4), 0.5), (Pattern(4, 1), 0.5),
-                                               (Pattern(keep=2, group=4), 0.5)])
-def test_reconstruction_is_next_to_the_best_under_its_mask(pattern, sparsity):
-    """And far better than the mask of least magnitudes with the weights left as they are."""
-    for seed in range(3):
-        weight, dense, inputs = layer_and_inputs(seed)
-        found, mask = reconstruct(weight, inputs @ inputs.T, dense @ inputs.T, sparsity, pattern)
-        plain = magnitude_mask(weight, sparsity, pattern)
-        assert found.dtype == weight.dtype and torch.equal(found != 0, mask) and int(mask.sum()) == int(plain.sum())
-        assert bool((tiles(mask, pattern).sum((1, 3)) % (pattern.rows * pattern.columns) == 0).all())
-        if pattern.group:
-            assert bool((mask.view(-1, 4).sum(1) == 2).all())
-        error, best, magnitude = (output_error(each, weight, dense, inputs) for each in (
-            found, least_squares(weight, mask, dense, inputs), weight * plain))
-        assert best <= error < 1.2 * best and error < 0.85 * magnitude
-
-
-def test_reconstruction_of_everything_is_the_regression_on_what_is_read():
-    weight, dense, inputs = layer_and_inputs()
-    found, mask = reconstruct(weight, dense @ dense.T, dense @ dense.T, 0.0)
-    assert bool(mask.all()) and torch.allclose(found, weight, atol=1e-4)
-    found, _ = reconstruct(weight, inputs @ inputs.T, dense @ inputs.T, 0.0)
-    best = least_squares(weight, torch.ones_like(weight, dtype=torch.bool), dense, inputs)
-    assert output_error(found, weight, dense, inputs) < 1.05 * output_error(best, weight, dense, inputs)
-    assert output_error(found, weight, dense, inputs) < 0.98 * output_error(weight, weight, dense, inputs)
-
-
-def test_an_input_that_is_always_zero_is_reconstructed_too():
-    weight, dense, inputs = layer_and_inputs()
-    dense[3] = inputs[3] = 0
-    found, mask = reconstruct(weight, inputs @ inputs.T, dense @ inputs.T, 0.5)
-    assert bool(found.isfinite().all()) and int((~mask).sum()) == weight.numel() // 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
