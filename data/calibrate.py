@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import prune
-from formats.processes import as_in_the_first
+from formats.processes import as_in_the_first, rank
 
 TOKENS = 2 ** 16            # of text to look at
 ROWS_AT_ONCE = 32
@@ -28,7 +28,7 @@ def cut(model, data, sparsity, pattern, say):
         count, step = count + int(batch["attention_mask"].sum()), step + 1
         batches.append((batch["attention_mask"].bool().to(device), *[encoder.embedded(
             batch["input_ids"].to(device), batch["token_type_ids"].to(device))] * 2))
-    with tqdm(total=len(encoder.layers) * len(ORDER), desc="reconstruction", unit="product") as bar:
+    with tqdm(total=len(encoder.layers) * len(ORDER), desc="reconstruction", unit="product", disable=rank() > 0) as bar:
         for layer, old in zip(encoder.layers, dense.layers):
             for names in ORDER:
                 pairs = [(getattr(layer, name), getattr(old, name)) for name in names]

@@ -19,6 +19,7 @@ from kill_and_resume import torture
 
 import model as network
 import train
+from data import calibrate
 from formats import model_directory, processes, run, safetensors
 from model import InputError
 
@@ -294,10 +295,12 @@ def together(arguments, folder, count=2, code=0, prepare=None):
         assert exit_code(child) == code, (folder / f"{number}.txt").read_text()
 
 
-@pytest.mark.parametrize("stage", DIRECTORIES)
-def test_two_processes_train_the_same_model(stage, world, chain, tmp_path):
+@pytest.mark.parametrize("stage, more", [*((stage, []) for stage in DIRECTORIES),
+                                         ("prune", ["--criterion", "reconstruction"])])
+def test_two_processes_train_the_same_model(stage, more, world, chain, tmp_path, monkeypatch):
     """Dropout off, float32, 4 steps: the weights agree to float rounding, the masks and zeros exactly, and so does what
     is logged; process 1 writes and says nothing."""
+    monkeypatch.setattr(calibrate, "TOKENS", 2048)
     ends = []
     for count in (1, 2):
         out = tmp_path / str(count)
@@ -306,7 +309,7 @@ def test_two_processes_train_the_same_model(stage, world, chain, tmp_path):
             shutil.copytree(chain / parent, out / parent)
         shutil.rmtree(out / DIRECTORIES[stage])
         arguments = [*commands(world, out, steps=4)[stage], "--precision", "fp32", "--dropout", "0", "--update-every",
-                     "0.25", "--lr", "1e-3"]
+                     "0.25", "--lr", "1e-3", *more]
         together(arguments, out, count)
         ends.append(out / DIRECTORIES[stage])
     assert (tmp_path / "2" / "1.txt").read_text() == ""
