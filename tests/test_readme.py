@@ -108,6 +108,23 @@ def test_speeds_of_encoders_are_the_measured_ones():
         assert f"{memory['lines']:,} lines {memory['peak_mb']:.0f} MB" in page
 
 
+def test_what_a_pruned_encoder_finds_is_the_measured():
+    """The other table of sentence_encoders.md, its command and README's sentence, against bench/encoder.json."""
+    found = json.loads((ROOT / "bench" / "encoder.json").read_text())
+    page, (model,) = PAGES[ROOT / "docs" / "sentence_encoders.md"], found["models"].values()
+    metrics, runs = model["retrieval"], model["runs"]
+    assert re.fullmatch("[0-9a-f]{40}", found["git_commit"]) and found["processor"] in page
+    assert f"in {sum(run['training_seconds'] for run in runs.values()) / 60:.0f} minutes of training" in page
+    dense, ours = ([f"{100 * metrics[prefix + name]:.1f}" for name in ("recall_at_1", "recall_at_10")]
+                   for prefix in ("against_", ""))
+    assert f"| dense, fp32 | {' | '.join(dense)} | | |" in page
+    assert (f"| 1x4 80 %, INT8 | {' | '.join(ours)} | {metrics['cosine_mean']:.3f} | "
+            f"{metrics['cosine_worst_percentile']:.3f} |") in page
+    assert found["command"].replace(" --out OUT", "").replace(" --json FILE", "") in page
+    assert (f"for {100 * metrics['recall_at_1']:.0f} % of the questions, the dense model for "
+            f"{100 * metrics['against_recall_at_1']:.0f} %") in FRONT
+
+
 def test_the_front_page_is_short_and_every_page_is_linked():
     assert len(FRONT.splitlines()) < 200
     for path in PAGES:
