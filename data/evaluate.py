@@ -12,7 +12,6 @@ from formats.config import compression_of, rounding_of
 from formats.hub import locate
 from formats.model_directory import kind_of
 from formats.report import format_kinds, format_metrics
-from model import InputError
 
 VALIDATION_ROWS = 3200     # of the held-out text that are looked at, at most
 
@@ -45,8 +44,6 @@ def evaluate(s, model, data, teacher=None):
 
 def run_evaluate(s):
     """--stage evaluate: load a finished directory as it is stored (rounding included) and print its metrics."""
-    if not s.init:
-        raise InputError("--stage evaluate needs --init DIR, the model directory to evaluate")
     torch.set_num_threads(s.threads)
     init = locate(s.init)
     (kind, config, _), compression = kind_of(init), compression_of(init)

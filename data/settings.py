@@ -213,6 +213,8 @@ def check_numbers(s):
 def check_stage(s, allowed_masks, typed):
     """InputError for settings that do not go together. allowed_masks: list of what --mask may be here; typed: dict of
     what the command line named."""
+    if s.stage == "evaluate" and not s.init:
+        raise InputError("--stage evaluate needs --init DIR, the model directory to evaluate")
     idle = sorted(typed.keys() - EVALUATED) if s.stage == "evaluate" else ()
     if idle:
         raise InputError(f"--stage evaluate trains nothing, and makes no use of --{idle[0].replace('_', '-')}; leave "
