@@ -70,7 +70,8 @@ class Linear(nn.Linear):
     act_range   float (2,), running minimum and maximum of the input; written only by quant.py. NO_RANGE, whose minimum
                 is above its maximum, until something was seen.
     seen        float (2,), the same of the optimizer step under way.
-    fake_quant  None, or a function (x, weight, layer) -> (x, weight) that rounds both; set only by quant.py.
+    fake_quant  None, or a function (x, weight, layer) -> (x, weight) that rounds both; set by quant.py, and, to see
+                inputs, by data/calibrate.py while a text goes through.
     prunable    False for heads: the layer says what may be pruned, never a pattern over names.
     kernel      None, or a function x -> y that replaces the product at inference; set by infer_cpu.py and native/.
 

@@ -73,7 +73,7 @@ def read_by(layer, linear, hidden, real):
 def replace(pairs, gram, cross, sparsity, pattern):
     """Set mask and weights of the first Linear of each pair to what keeps the outputs of the second."""
     for linear, old in pairs:
-        weight, mask = prune.reconstruct(old.weight.cpu(), gram, cross, sparsity, pattern)
+        weight, mask = prune.reconstruct((old.weight * old.mask).cpu(), gram, cross, sparsity, pattern)
         linear.weight.copy_(weight)
         linear.mask.copy_(mask)
         as_in_the_first(linear.weight)          # sums are rounded in another way on another machine

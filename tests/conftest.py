@@ -16,11 +16,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from data import tiny  # noqa: E402
+from data import calibrate, tiny  # noqa: E402
 from formats import run  # noqa: E402
 
 torch.set_num_threads(1)
 run.LOG_EVERY = 1
+calibrate.TOKENS = 2048
 
 SHORT = ["--preset", "tiny", "--batch-size", "8", "--max-len", "48", "--threads", "1"]
 

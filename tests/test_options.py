@@ -9,7 +9,7 @@ from conftest import DIRECTORIES, commands
 
 import model as network
 import train
-from data import calibrate, settings
+from data import settings
 from data.batches import dropout_seed
 from formats.machine import default_activation_bits
 from formats.safetensors import read_safetensors
@@ -48,11 +48,6 @@ def weights_of(stage, world, chain, out, *changes):
     train.main([*arguments, "--warmup", "0", "--update-every", "0.25", *typed])
     directory, = (path.parent for path in out.rglob("metrics.json"))
     return read_safetensors(directory / "model.safetensors")[0]
-
-
-@pytest.fixture(autouse=True)
-def little_text(monkeypatch):
-    monkeypatch.setattr(calibrate, "TOKENS", 2048)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from kill_and_resume import torture
 
 import model as network
 import train
-from data import calibrate
 from formats import model_directory, processes, run, safetensors
 from model import InputError
 
@@ -297,10 +296,9 @@ def together(arguments, folder, count=2, code=0, prepare=None):
 
 @pytest.mark.parametrize("stage, more", [*((stage, []) for stage in DIRECTORIES),
                                          ("prune", ["--criterion", "reconstruction"])])
-def test_two_processes_train_the_same_model(stage, more, world, chain, tmp_path, monkeypatch):
+def test_two_processes_train_the_same_model(stage, more, world, chain, tmp_path):
     """Dropout off, float32, 4 steps: the weights agree to float rounding, the masks and zeros exactly, and so does what
     is logged; process 1 writes and says nothing."""
-    monkeypatch.setattr(calibrate, "TOKENS", 2048)
     ends = []
     for count in (1, 2):
         out = tmp_path / str(count)
