@@ -16,8 +16,8 @@ Every engine is the network of model.py with functions set into its slots: `Line
     int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
     sparse   only the weights that live, in integers too: the same numbers as int8
     native   the same numbers by native/, compiled for this CPU on first use; padding is not computed
-    tiles    native on tile registers (AMX). Tested by emulation only so far, and so never chosen by auto
-    auto     the fastest of int8, sparse and (with a compiler) native for this model here; fp32 if it is not quantized
+    tiles    native on tile registers (AMX), where this CPU has any; attention within 2^-16 of float32
+    auto     the fastest of int8, sparse and (with a compiler) tiles or else native here; fp32 if it is not quantized
 """
 import contextlib
 import math
@@ -285,7 +285,8 @@ def native_engine(directory, model, packed, library):
 
 
 def load_auto(directory, say=print):
-    """The fastest of native, sparse and int8 on one row of 128 tokens (or as many as the model has positions).
+    """The fastest of native (tiles, where there are any), sparse and int8 on one row of 128 tokens (or as many as the
+    model has positions).
 
     Where native takes less than the products of torch's engines alone would, these are not even loaded.
     """
@@ -293,12 +294,12 @@ def load_auto(directory, say=print):
     tokens, engines = min(128, model.config.max_position_embeddings), []
     batch = random_batch(model.config, 1, tokens)
     try:
-        library = native_library(int(metadata["activation_bits"]), say)
+        library = native_library(int(metadata["activation_bits"]), say, tiles=None)
         products, note = products_of_torch(packed, tokens)          # before native takes the layers over
         engines.append(native_engine(directory, model, packed, library))
-        whole = medians_in_turn(engines, batch, least=5, budget=0.1)["native"]
+        whole = medians_in_turn(engines, batch, least=5, budget=0.1)[engines[0].name]
         if whole < products:
-            say(f"engine native: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where {note}")
+            say(f"engine {engines[0].name}: {1e3 * whole:.1f} ms for a row of {tokens} tokens here, where {note}")
             return engines[0]
     except NativeError as error:
         say(f"{error}; the engines of torch take over")

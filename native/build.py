@@ -24,7 +24,7 @@ except ImportError:         # Windows: HOME or XDG_CACHE_HOME says where the cac
     pwd = None
 
 HOME = Path(__file__).resolve().parent
-SOURCES = ("vectors.h", "tiles.h", "products.h", "encoder.cpp")     # the last one is compiled, and includes the others
+SOURCES = ("vectors.h", "functions.h", "tiles.h", "products.h", "attention.h", "encoder.cpp")     # the last is compiled
 SIGNATURES = {
     "linear": [POINTER, INTEGER, POINTER, POINTER, POINTER, POINTER],
     "quantize": [INTEGER, POINTER, POINTER, POINTER],
@@ -133,7 +133,7 @@ def processor():
 
 def native_library(bits, say, tiles=False):
     """The library for this CPU and activations of so many bits, from the cache or compiled now, and checked. tiles: to
-    use tile registers.
+    use tile registers; None: where there are any.
 
     A cached file's name is the hash of all that it was made from, and that of its content. Without a usable cache, the
     library is compiled anew in a temporary folder. Raises NativeError, one sentence, where the engine cannot be had;
@@ -149,23 +149,27 @@ def native_library(bits, say, tiles=False):
             raise NativeError(f"engine native: there is no folder to compile it in and to run it from ({error}); name "
                               f"one in XDG_CACHE_HOME or TMPDIR") from None
     check_sums(library, bits, say)
-    check_floats(library)
-    if tiles:
-        use_tiles(library, bits, say)
+    wrong = wrong_floats(library)
+    if wrong:
+        raise NativeError(f"engine native computes wrong {' and '.join(wrong)} on this machine; use another engine")
+    if tiles is not False:
+        with contextlib.suppress(NativeError) if tiles is None else contextlib.nullcontext():
+            use_tiles(library, bits, say)
     return library
 
 
 def use_tiles(library, bits, say):
-    """Ask the system for tile registers, and check their products; if they are wrong, the vectors stay in use and `say`
+    """Ask the system for tile registers, and check what they compute; if it is wrong, the vectors stay in use and `say`
     is told. NativeError if there are none, or none for us."""
     error = library.request_tiles()
     if error:
         reason = os.strerror(error) if error > 0 else f"{instructions(library)} is what this CPU and its compiler know"
         raise NativeError(f"engine tiles needs tile registers (AMX), and there are none: {reason}; use engine native")
-    wrong = wrong_forms(library, bits, (WHOLE_TILES, GATHERED_TILES))
-    library.tiles = int(not wrong)
+    library.tiles = 1
+    wrong = wrong_forms(library, bits, (WHOLE_TILES, GATHERED_TILES)) + wrong_floats(library)
     if wrong:
-        say(f"engine tiles: tile registers give wrong sums here ({', '.join(wrong)}) and are not used")
+        library.tiles = 0
+        say(f"engine tiles: tile registers give wrong results here ({', '.join(wrong)}) and are not used")
 
 
 def made_from(bits):
@@ -226,14 +230,14 @@ def wrong_forms(library, bits, forms):
     return [FORMS[form] for form in forms if not torch.equal(native_linear(library, layer, form)[0](x), expected)]
 
 
-def check_floats(library):
-    """Attention of two sequences, and the layer norm, against torch. NativeError if they differ."""
+def wrong_floats(library):
+    """Which of attention (of two sequences) and layer norms are not torch's."""
     heads, size, tile = 2, 12, library.tokens_of_tile()
     lengths, width, generator = [tile + 3, 5], heads * size, torch.Generator().manual_seed(0)
     tokens, starts = sum(lengths), torch.tensor([0, lengths[0], sum(lengths)])
     weight = torch.randint(-9, 10, (3 * width, width), generator=generator, dtype=torch.int8)
     one = torch.tensor(1.0, dtype=torch.float32)
-    layer = quant.PackedLinear((3 * width, width), weight, None, one.new_full((3 * width,), 0.01),
+    layer = quant.PackedLinear((3 * width, width), weight, None, one.new_full((3 * width,), 0.003),
                                one.new_zeros(3 * width), one, torch.tensor(50, dtype=torch.int32), 7)
     x = torch.randint(-50, 78, (tokens, width), generator=generator).float()
     weights, tiles = native_weights(library, [layer]), to_tiles(x, tile)
@@ -247,7 +251,7 @@ def check_floats(library):
     gain, bias = torch.rand(2, width, generator=generator, dtype=torch.float32)
     norm = Norm(gain, bias, 1e-12)
     library.layer_norm(tokens, width, context.data_ptr(), None, ctypes.addressof(norm), normed.data_ptr(), None, None)
-    for name, found, right in (("attention", context, expected), (
-            "layer norms", normed, F.layer_norm(from_tiles(context, tokens), (width,), gain, bias, 1e-12))):
-        if not torch.allclose(from_tiles(found, tokens), right, atol=1e-4 * float(right.abs().max())):
-            raise NativeError(f"engine native computes wrong {name} on this machine; use another engine")
+    results = {"attention": (context, expected),
+               "layer norms": (normed, F.layer_norm(from_tiles(context, tokens), (width,), gain, bias, 1e-12))}
+    return [name for name, (found, right) in results.items()
+            if not torch.allclose(from_tiles(found, tokens), right, atol=1e-4 * float(right.abs().max()))]

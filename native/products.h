@@ -1,6 +1,7 @@
-// A layer's weights, levels of activations, and the product of the two in five forms. Third of four files; the layouts
+// A layer's weights, levels of activations, and the product of the two in five forms. Fourth of six files; the layouts
 // are drawn in vectors.h and tiles.h.
 #pragma once
+#include "functions.h"
 #include "tiles.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -27,27 +28,28 @@ struct Weights {
 
 static inline bool on_tiles(const Weights &w) { return w.form >= WHOLE_TILES; }
 
-// 1.5 * 2^23: a float of that size has no bits for a fraction, so that adding it rounds, half to even.
-constexpr float ROUNDING = 12582912.0f;
-
 // Nearest level.
 static inline ints level(floats x, const Weights &next) {
     const floats rounding = broadcast(ROUNDING);
     floats low = broadcast((float)-next.zero_point), high = broadcast((float)(next.highest - next.zero_point));
     x = least(most(x * next.reciprocal, low), high);
-    return (ints)(x + rounding) - (ints)rounding + next.zero_point;
+    return (ints)(x + rounding) + (next.zero_point - (ints)rounding);
 }
 
 // Four features of a tile, from `feature` on, into the layout that the layer `next` reads.
 template <class M>
-static inline void store_levels(uint8_t *q, int64_t feature, const ints value[4][4], const Weights &next) {
-    bytes row[4];
-    for (int i = 0; i < 4; i++) row[i] = M::narrow(value[i]);
+static inline void store_rows(uint8_t *q, int64_t feature, const bytes row[4], const Weights &next) {
     if (next.form == WORDS || on_tiles(next)) {
         const bytes *const four[4] = {row, row + 1, row + 2, row + 3};
         M::interleave(four, (ints *)(q + feature * T));
     } else
         for (int i = 0; i < 4; i++) ((bytes *)(q + feature * T))[i] = row[i];
+}
+template <class M>
+static inline void store_levels(uint8_t *q, int64_t feature, const ints value[4][4], const Weights &next) {
+    bytes row[4];
+    for (int i = 0; i < 4; i++) row[i] = M::narrow(value[i]);
+    store_rows<M>(q, feature, row, next);
 }
 
 static inline int64_t tiles_of(int64_t tokens) { return (tokens + T - 1) / T; }
@@ -55,27 +57,6 @@ static inline int64_t tiles_of(int64_t tokens) { return (tokens + T - 1) / T; }
 // How many of a tile's four vectors hold tokens: fewer only in the last one.
 static inline int used_vectors(int64_t tokens, int64_t tile) {
     return (int)std::min<int64_t>(4, (tokens - tile * T + LANES - 1) / LANES);
-}
-
-// 2^x for x <= 0, relative error 2e-7: 2^whole by its exponent bits, 2^fraction by a polynomial on [-1/2, 1/2].
-static inline floats exp2(floats x) {
-    const floats rounding = broadcast(ROUNDING);
-    x = most(x, broadcast(-126.0f));
-    floats whole = (x + rounding) - rounding, f = x - whole, p = broadcast(1.54035304e-4f);
-    for (float k : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
-        p = p * f + k;
-    return (floats)((ints)p + (__builtin_convertvector(whole, ints) << 23));
-}
-
-// x Phi(x). Phi(c) - 1/2 is c times a polynomial in c^2, which interpolates it at Chebyshev's points of |c| <= 5.
-// Absolute error 2e-6, and 3e-7 |x| beyond 5.
-static inline floats gelu(floats x) {
-    floats c = least(most(x, broadcast(-5.0f)), broadcast(5.0f)), s = c * c * 0.08f - 1.0f;
-    floats p = broadcast(7.05952991e-4f);
-    for (float k : {-1.67403098e-3f, 1.46263157e-3f, -2.53432234e-3f, 6.66780895e-3f, -1.12997434e-2f, 1.62870702e-2f,
-                    -2.32163442e-2f, 3.14648720e-2f, -4.04507113e-2f, 5.15189416e-2f, -7.02959372e-2f, 1.41363805e-1f})
-        p = p * s + k;
-    return x * (c * p + 0.5f);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -191,68 +172,112 @@ static void on_tile(const Weights &w, const Weights *next, int64_t tokens, int64
 }
 
 #if defined(TILES)
-// The outputs first to last of all tiles, on tile registers: into y, whose tiles are `pitch` apart and begin at output
-// `first`, or into `levels`. Their weights are expanded once.
-template <class M>
-static void on_registers(const Weights &w, const Weights *next, int64_t tokens, int64_t first, int64_t last,
-                         const uint8_t *q, float *y, int64_t pitch, uint8_t *levels) {
-    constexpr int GATHERED = 4;                                     // steps: 16 KB of B
-    thread_local std::vector<A> expanded;
-    alignas(64) int32_t sums[2 * SIDE * T];
-    alignas(64) uint8_t b[GATHERED * SIDE * ROW];
-    const int64_t begin = first / SIDE, end = (last + SIDE - 1) / SIDE, whole = w.inputs / STEP, rest = w.inputs % STEP;
-    const int32_t *starts = w.starts, *survivors = w.starts + (w.outputs + SIDE - 1) / SIDE + 1;
-    const int8_t *survivor = (const int8_t *)w.blocks + survivors[begin];
-    const int64_t needed = starts[end] - starts[begin];
-    if ((int64_t)expanded.size() < needed) expanded.resize(needed);
-    for (int64_t step = 0; step < needed; step++)
-        for (int64_t row = 0; row < SIDE; row++) {
-            uint64_t alive = w.alive[(starts[begin] + step) * SIDE + row];
-            expand(alive, survivor, expanded[step].row[row]);
-            survivor += __builtin_popcountll(alive);
+// The sums of a unit of outputs and a tile on their way to y or levels, as `finish` has it, one output at a time.
+template <class M> struct Finishing {
+    const Weights &w, &next;
+    const int32_t *sums = nullptr;                                  // of `output`, [T]
+    int64_t output = 0, last = 0;
+    float *y = nullptr;                                             // of `output`
+    uint8_t *levels = nullptr;                                      // of the tile
+    bytes row[4] = {};
+
+    void one() {
+        const ints *s = (const ints *)sums;
+        const int32_t correction = w.zero_point * w.sums[output];
+        if (y) {
+            for (int v = 0; v < 4; v++) *(floats *)(y + v * LANES) = scaled(w, output, s[v] - correction);
+            y += T;
+        } else {
+            ints value[4];
+            for (int v = 0; v < 4; v++) value[v] = level(gelu(scaled(w, output, s[v] - correction)), next);
+            row[output % 4] = M::narrow(value);
+            if (output % 4 == 3) store_rows<M>(levels, output - 3, row, next);
         }
+        output++, sums += T;
+    }
+    void rest() {
+        while (output < last) one();
+    }
+};
+
+// One or two blocks of SIDE outputs, of which first to last are wanted; `row`: where the first of them is in y.
+struct Unit { int64_t block, blocks, first, last, row; };
+
+// `ranges` ranges of `size` outputs, `stride` apart from `first` on.
+static void find_units(const Weights &w, int64_t first, int64_t size, int64_t ranges, int64_t stride,
+                       std::vector<Unit> &units) {
+    units.clear();
+    for (int64_t range = 0; range < ranges; range++)
+        for (int64_t begin = first + range * stride, at = begin, end = begin + size, last; at < end; at = last) {
+            int64_t block = at / SIDE, blocks = w.form == WHOLE_TILES && (block + 1) * SIDE < end ? 2 : 1;
+            last = std::min(end, (block + blocks) * SIDE);
+            units.push_back({block, blocks, at, last, range * size + at - begin});
+        }
+}
+
+// The outputs that find_units has, of all tiles, on tile registers: into y, whose tiles are `pitch` apart and have the
+// ranges one after the other, or into `levels`. A unit's weights are expanded once. While tile registers multiply it by
+// one tile, vectors finish the one before: piece by piece, for they hold a CPU up that gets too many of them at once.
+template <class M>
+static void on_registers(const Weights w, const Weights next, int64_t tokens, int64_t first, int64_t size,
+                         int64_t ranges, int64_t stride, const uint8_t *q, float *y, int64_t pitch, uint8_t *levels) {
+    constexpr int GATHERED = 4;                                     // steps: 16 KB of B
+    thread_local std::vector<Unit> units;
+    thread_local std::vector<A> expanded;
+    alignas(64) int32_t sums[2][2 * SIDE * T];                      // of this tile and the one before
+    alignas(64) uint8_t b[GATHERED * SIDE * ROW];
+    const int64_t whole = w.inputs / STEP, rest = w.inputs % STEP, tiles = tiles_of(tokens);
+    const int32_t *starts = w.starts, *survivors = w.starts + (w.outputs + SIDE - 1) / SIDE + 1;
+    find_units(w, first, size, ranges, stride, units);
+    if ((int64_t)expanded.size() < 2 * (whole + 1)) expanded.resize(2 * (whole + 1));
     if (rest) std::memset(b, 0, SIDE * ROW);
+    Finishing<M> before{w, next};
     Registers registers;
-    for (int64_t tile = 0; tile < tiles_of(tokens); tile++) {
-        const uint8_t *x = q + tile * w.inputs * T;
-        if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);       // the remaining rows of b meet zeros
-        for (int64_t block = begin, blocks; block < end; block += blocks) {
-            const A *a = expanded.data() + (starts[block] - starts[begin]);
-            const int64_t steps = starts[block + 1] - starts[block];
-            blocks = w.form == WHOLE_TILES && block + 1 < end ? 2 : 1;
+    int turn = 0;
+    for (const Unit &unit : units) {
+        const A *a = expanded.data();
+        const int64_t steps = starts[unit.block + 1] - starts[unit.block], all = starts[unit.block + unit.blocks];
+        expand_all(w.alive + starts[unit.block] * SIDE, (const int8_t *)w.blocks + survivors[unit.block],
+                   all - starts[unit.block], expanded.data());
+        for (int64_t tile = 0; tile < tiles; tile++, turn ^= 1) {
+            const uint8_t *x = q + tile * w.inputs * T;
+            const int halves = unit.blocks == 1 || used_vectors(tokens, tile) < 3 ? 1 : 2;
+            const int64_t pieces = before.last - before.output, calls = steps * halves;
+            int64_t due = 0;
+            auto meanwhile = [&] {
+                for (due += pieces; due >= calls; due -= calls) before.one();
+                written();
+            };
+            if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);       // the remaining rows of b meet zeros
             written();
-            if (w.form == GATHERED_TILES) {
+            for (int half = 0; half < halves; half++) {
                 clear();
-                for (int64_t step = 0, count; step < steps; step += count) {
-                    count = std::min<int64_t>(GATHERED, steps - step);
-                    gather(x, w.columns + (starts[block] + step) * SIDE, count, b);
-                    one_by_four(a + step, count, b);
+                if (unit.blocks == 2) {
+                    two_by_two(a, a + steps, whole, x + half * ROW / 2, meanwhile);
+                    if (rest) two_by_two(a + whole, a + steps + whole, 1, b + half * ROW / 2, meanwhile);
+                    store_two_by_two(sums[turn] + half * T / 2);
+                    continue;
                 }
-                store_one_by_four(sums);
-            } else if (blocks == 1) {
-                clear();
-                one_by_four(a, whole, x);
-                if (rest) one_by_four(a + whole, 1, b);
-                store_one_by_four(sums);
-            } else
-                for (int half = 0; half < (used_vectors(tokens, tile) > 2 ? 2 : 1); half++) {
-                    clear();
-                    two_by_two(a, a + steps, whole, x + half * ROW / 2);
-                    if (rest) two_by_two(a + whole, a + steps + whole, 1, b + half * ROW / 2);
-                    store_two_by_two(sums + half * T / 2);
-                }
-            for (int64_t output = std::max(first, block * SIDE); output < std::min(last, (block + blocks) * SIDE);
-                 output += 4) {
-                ints s[4][4];
-                for (int o = 0; o < 4; o++)
-                    for (int v = 0; v < 4; v++)
-                        s[o][v] = ((const ints *)(sums + (output - block * SIDE + o) * T))[v]
-                                  - w.zero_point * w.sums[output + o];
-                finish<M, 4>(w, next ? *next : w, output, s, y ? y + tile * pitch + (output - first) * T : nullptr,
-                             levels ? levels + tile * w.outputs * T : nullptr);
+                if (w.form == WHOLE_TILES) {
+                    one_by_four(a, whole, x, meanwhile);
+                    if (rest) one_by_four(a + whole, 1, b, meanwhile);
+                } else
+                    for (int64_t step = 0, count; step < steps; step += count) {
+                        count = std::min<int64_t>(GATHERED, steps - step);
+                        gather(x, w.columns + (starts[unit.block] + step) * SIDE, count, b);
+                        one_by_four(a + step, count, b, meanwhile);
+                    }
+                store_one_by_four(sums[turn]);
             }
+            written();
+            before.rest();
+            before.sums = sums[turn] + (unit.first - unit.block * SIDE) * T;
+            before.output = unit.first, before.last = unit.last;
+            before.y = y ? y + tile * pitch + unit.row * T : nullptr;
+            before.levels = levels ? levels + tile * w.outputs * T : nullptr;
         }
     }
+    before.rest();
 }
 #endif
 
@@ -261,9 +286,11 @@ static void linear_on(const Weights &w, int64_t tokens, const uint8_t *q, float 
                       const Weights *next) {
 #if defined(TILES)
     if (on_tiles(w)) {
+        const int64_t shares = 4 * omp_get_max_threads(), units = (w.outputs + 2 * SIDE - 1) / (2 * SIDE);
+        const int64_t size = (units + shares - 1) / shares * (2 * SIDE);
 #pragma omp parallel for schedule(dynamic, 1)
-        for (int64_t first = 0; first < w.outputs; first += 2 * SIDE)
-            on_registers<M>(w, next, tokens, first, std::min<int64_t>(w.outputs, first + 2 * SIDE), q,
+        for (int64_t first = 0; first < w.outputs; first += size)
+            on_registers<M>(w, next ? *next : w, tokens, first, std::min(size, w.outputs - first), 1, 0, q,
                             y ? y + first * T : nullptr, w.outputs * T, levels);
         return;
     }

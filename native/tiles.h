@@ -1,4 +1,4 @@
-// Products on tile registers (Intel AMX), where a CPU has them: second of four files.
+// Products on tile registers (Intel AMX), where a CPU has them: third of six files.
 //
 // A register is 16 rows of 64 bytes. One instruction (TDPBSUD) multiplies two of them and adds to a third:
 //
@@ -20,7 +20,7 @@
 #include <unistd.h>
 #endif
 
-#if defined(EMULATED) || (defined(__AMX_INT8__) && defined(__AVX512VBMI2__) && !defined(PORTABLE))
+#if defined(EMULATED) || (defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VBMI2__) && !defined(PORTABLE))
 #define TILES
 constexpr int SIDE = 16;                // outputs of A, tokens of B, rows of a register
 constexpr int STEP = 64;                // inputs of A and B
@@ -35,6 +35,19 @@ static inline void expand(uint64_t alive, const int8_t *survivors, int8_t *row) 
 #else
     for (int i = 0; i < STEP; i++) row[i] = alive >> i & 1 ? *survivors++ : 0;
 #endif
+}
+
+// `steps` of A. What comes after them in memory is wanted soon, and is fetched.
+static inline void expand_all(const uint64_t *alive, const int8_t *survivor, int64_t steps, A *a) {
+    constexpr int AHEAD = 4096;                                     // bytes
+    for (int64_t step = 0; step < steps; step++, alive += SIDE, a++) {
+        for (int line = 0; line < 2; line++) __builtin_prefetch((const char *)alive + AHEAD + line * 64, 0, 2);
+        for (int line = 0; line < 4; line++) __builtin_prefetch(survivor + AHEAD + line * 64, 0, 2);
+        for (int row = 0; row < SIDE; row++) {
+            expand(alive[row], survivor, a->row[row]);
+            survivor += __builtin_popcountll(alive[row]);
+        }
+    }
 }
 
 // What the compiler has not written yet, it writes now: it does not know that loading a register reads memory.
@@ -68,8 +81,10 @@ static inline void clear() {
     _tile_zero(3);
 }
 
-// 32 outputs (A at `a` and at `below`, `steps` of them) by 32 tokens: registers 0 to 3.
-static inline void two_by_two(const A *a, const A *below, int64_t steps, const uint8_t *b) {
+// 32 outputs (A at `a` and at `below`, `steps` of them) by 32 tokens: registers 0 to 3. `meanwhile`, called at each step,
+// is what vectors do while these multiply.
+template <class Meanwhile>
+static inline void two_by_two(const A *a, const A *below, int64_t steps, const uint8_t *b, Meanwhile meanwhile) {
     for (int64_t step = 0; step < steps; step++, a++, below++, b += SIDE * ROW) {
         _tile_loadd(4, a, STEP);
         _tile_loadd(6, b, ROW);
@@ -79,17 +94,20 @@ static inline void two_by_two(const A *a, const A *below, int64_t steps, const u
         _tile_dpbsud(1, 4, 7);
         _tile_dpbsud(2, 5, 6);
         _tile_dpbsud(3, 5, 7);
+        meanwhile();
     }
 }
-static inline void store_two_by_two(int32_t *sums) {            // [2 SIDE][T], of which 32 tokens
-    _tile_stored(0, sums, ROW);
-    _tile_stored(1, sums + SIDE, ROW);
-    _tile_stored(2, sums + SIDE * T, ROW);
-    _tile_stored(3, sums + SIDE * T + SIDE, ROW);
+// [2 SIDE] rows, of which 32 tokens.
+template <class Number> static inline void store_two_by_two(Number *sums, int64_t row = T) {
+    _tile_stored(0, sums, row * 4);
+    _tile_stored(1, sums + SIDE, row * 4);
+    _tile_stored(2, sums + SIDE * row, row * 4);
+    _tile_stored(3, sums + SIDE * row + SIDE, row * 4);
 }
 
 // 16 outputs by 64 tokens.
-static inline void one_by_four(const A *a, int64_t steps, const uint8_t *b) {
+template <class Meanwhile>
+static inline void one_by_four(const A *a, int64_t steps, const uint8_t *b, Meanwhile meanwhile) {
     for (int64_t step = 0; step < steps; step++, a++, b += SIDE * ROW) {
         _tile_loadd(4, a, STEP);
         _tile_loadd(5, b, ROW);
@@ -100,6 +118,7 @@ static inline void one_by_four(const A *a, int64_t steps, const uint8_t *b) {
         _tile_loadd(5, b + 3 * STEP, ROW);
         _tile_dpbsud(2, 4, 7);
         _tile_dpbsud(3, 4, 5);
+        meanwhile();
     }
 }
 static inline void store_one_by_four(int32_t *sums) {           // [SIDE][T]

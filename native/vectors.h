@@ -1,6 +1,6 @@
-// Sparse INT8 BERT on a CPU, first of four files: vector types, and what differs from CPU to CPU. Then tiles.h,
-// products.h and encoder.cpp, which build.py compiles on first use and calls through a plain C interface. OpenMP
-// threads, torch's own.
+// Sparse INT8 BERT on a CPU, first of six files: vector types, and what differs from CPU to CPU. Then functions.h,
+// tiles.h, products.h, attention.h and encoder.cpp, which build.py compiles on first use and calls through a plain C
+// interface. OpenMP threads, torch's own.
 //
 // Activations lie in tiles of T tokens, tokens innermost, T being the bytes of a vector register (64 with AVX-512
 // VNNI, 32 with AVX2, 16 elsewhere). So every loop over tokens is a vector loop, and no sum is ever taken across a
@@ -45,6 +45,7 @@ constexpr int T = 16;
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr int T = 64;
 #define VECTOR(name) _mm512_##name
+#define TABLES                          // one instruction looks 16 numbers up
 typedef __m512i vector;
 #elif defined(__AVX2__)
 constexpr int T = 32;
@@ -67,6 +68,26 @@ static inline floats most(floats a, floats b) { return (floats)VECTOR(max_ps)(a,
 #else
 static inline floats least(floats a, floats b) { return a < b ? a : b; }
 static inline floats most(floats a, floats b) { return a > b ? a : b; }
+#endif
+
+// Of the numbers of two vectors, one after the other, for each lane the one at its place.
+static inline ints of_two(ints a, ints b, ints place) {
+#if defined(TABLES)
+    return (ints)_mm512_permutex2var_epi32((__m512i)a, (__m512i)place, (__m512i)b);
+#else
+    ints x;
+    for (int i = 0; i < LANES; i++) x[i] = place[i] < LANES ? a[place[i]] : b[place[i] - LANES];
+    return x;
+#endif
+}
+
+#if defined(TABLES)
+// Of 16 numbers in memory, each lane the one that the low four bits of its place say.
+static inline floats look_up(const float *table, floats place) {
+    return (floats)_mm512_permutexvar_ps((__m512i)place, _mm512_load_ps(table));
+}
+// x 2^floor(exponent), 0 where that is too small.
+static inline floats scale_by(floats x, floats exponent) { return (floats)_mm512_scalef_ps((__m512)x, (__m512)exponent); }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------

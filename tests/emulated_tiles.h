@@ -1,5 +1,5 @@
 // Tile registers in plain C++, to test native/ on a CPU without them: g++ -DPORTABLE -DEMULATED -include this.
-// Written from the description of the instructions (Intel's manual, volume 2: TDPBSUD, TILELOADD, TILESTORED).
+// Written from the description of the instructions (Intel's manual, volume 2: TDPBSUD, TDPBF16PS, TILELOADD, TILESTORED).
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -11,6 +11,7 @@
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbsud
+#undef _tile_dpbf16ps
 
 static thread_local uint8_t emulated[8][16][64];
 static thread_local bool configured = false;
@@ -47,6 +48,25 @@ static inline void emulated_dpbsud(int c, int a, int b) {          // signed byt
             std::memcpy(&emulated[c][m][4 * n], &sum, 4);
         }
 }
+static inline float emulated_wide(const uint8_t *half) {             // a subnormal one counts as zero
+    uint32_t bits = (uint32_t)half[0] << 16 | (uint32_t)half[1] << 24;
+    if (!(bits & 0x7f800000)) bits = 0;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+static inline void emulated_dpbf16ps(int c, int a, int b) {         // pairs of upper halves of float32
+    demand();
+    for (int m = 0; m < 16; m++)
+        for (int n = 0; n < 16; n++) {
+            float sum;
+            std::memcpy(&sum, &emulated[c][m][4 * n], 4);
+            for (int k = 0; k < 16; k++)
+                for (int i = 0; i < 4; i += 2)
+                    sum += emulated_wide(&emulated[a][m][4 * k + i]) * emulated_wide(&emulated[b][k][4 * n + i]);
+            std::memcpy(&emulated[c][m][4 * n], &sum, 4);
+        }
+}
 
 #define _tile_loadconfig emulated_loadconfig
 #define _tile_release emulated_release
@@ -54,3 +74,4 @@ static inline void emulated_dpbsud(int c, int a, int b) {          // signed byt
 #define _tile_loadd emulated_loadd
 #define _tile_stored emulated_stored
 #define _tile_dpbsud emulated_dpbsud
+#define _tile_dpbf16ps emulated_dpbf16ps

@@ -285,7 +285,7 @@ def test_packed_file_alone_is_enough(directories, tmp_path):
     batch = encode.random_batch(config.read_config(tmp_path)[0], 2, 20)
     said = []
     engine = infer_cpu.load(tmp_path, say=said.append)
-    assert engine.name in ("int8", "sparse", "native") and f"engine {engine.name}" in said[-1]
+    assert engine.name in ("int8", "sparse", "native", "tiles") and f"engine {engine.name}" in said[-1]
     assert torch.isfinite(engine(batch)).all()
     assert torch.allclose(engine(batch), infer_cpu.load(directories["blocks"], "int8", say=silent)(batch), atol=1e-2)
 
@@ -298,7 +298,7 @@ def test_engines_that_a_model_does_not_have(directories):
         infer_cpu.load(directories["dense"], "sparse", say=silent)
     said = []
     assert infer_cpu.load(directories["plain"], say=said.append).name == "fp32" and "not quantized" in said[0]
-    assert infer_cpu.load(directories["dense"], say=silent).name in ("int8", "native")
+    assert infer_cpu.load(directories["dense"], say=silent).name in ("int8", "native", "tiles")
 
 
 def test_a_saturating_cpu_is_warned_about(directories, monkeypatch, world, tmp_path):
@@ -355,7 +355,7 @@ def test_text_command(directories, tmp_path):
     assert [line[2] for line in lines] == ["a good film", "a bad film"]
     assert all(line[0] in ("0", "1") and 0.5 <= float(line[1]) <= 1 for line in lines)
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["engine"] in ("int8", "sparse", "native") and len(report["answers"]) == 2
+    assert report["engine"] in ("int8", "sparse", "native", "tiles") and len(report["answers"]) == 2
     assert "Warning" not in done.stderr
 
 

@@ -1,4 +1,5 @@
 """Engine native: its sums against brute force, its floats against torch, its compiler, cache and threads."""
+import ctypes
 import os
 import platform
 import random
@@ -23,7 +24,7 @@ from formats import int8
 from formats.model_directory import load, save
 from model import InputError, ModelConfig
 from native import build, weights
-from native.weights import GATHERED_TILES, SCATTERED, STRIPES, WHOLE_TILES, WORDS, NativeError
+from native.weights import SCATTERED, STRIPES, WORDS, NativeError
 
 ROOT = Path(infer_cpu.__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -104,6 +105,10 @@ def test_scale_bias_and_rounding_are_the_oracles(library):
 
 @pytest.mark.parametrize("form", (WORDS, STRIPES, SCATTERED))
 def test_gelu_and_the_next_layers_levels(library, form):
+    check_gelu(library, form)
+
+
+def check_gelu(library, form):
     """linear -> GELU -> levels, as the intermediate layer has it, against torch: at most one level off, and rarely."""
     tile, tokens = library.tokens_of_tile(), 150
     first = replace(random_layer(64, 32, 0.5), weight_scale=torch.full((64,), 2e-4), bias=torch.randn(64))
@@ -126,6 +131,38 @@ def test_gelu_and_the_next_layers_levels(library, form):
     assert (found - expected).abs().max() <= 1 and (found != expected).float().mean() < 1e-3
 
 
+
+HEADS = [(2, 12, [67, 5]), (3, 40, [1, 33, 7, 100, 64, 2]), (1, 64, [130]), (2, 32, [25, 9, 60]), (1, 4, [1]),
+         (1, 100, [3, 31, 32, 65])]
+
+
+@pytest.mark.parametrize("heads, size, lengths", HEADS)
+def test_attention(library, heads, size, lengths):
+    check_attention(library, heads, size, lengths, 1e-5)
+
+
+def check_attention(library, heads, size, lengths, error):
+    """Against float64, of all tokens and of each first one; `error` as a share of the largest number."""
+    width, tokens = heads * size, sum(lengths)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    layer = replace(random_layer(3 * width, width, 0.5, zero_point=128),
+                    weight_scale=torch.full((3 * width,), 5e-4 / width ** 0.5))
+    x = torch.randint(-128, 128, (tokens, width), generator=torch.Generator().manual_seed(1)).float()
+    own, tiles = weights.native_weights(library, [layer]), weights.to_tiles(x, library.tokens_of_tile())
+    q = torch.empty(tiles.shape, dtype=torch.uint8)
+    library.quantize(tokens, tiles.data_ptr(), q.data_ptr(), addressof(own))
+    rows = quant.integer_forward(x, layer).double().view(-1, 3, heads, size)
+    expected = torch.cat([F.scaled_dot_product_attention(*part.permute(1, 2, 0, 3)).transpose(0, 1).reshape(-1, width)
+                          for part in rows.split(lengths)])
+    assert tokens == 1 or 1 < (rows[:, 0, 0] @ rows[:, 1, 0].T / size ** 0.5).std() < 10           # scores that matter
+    for first_only, places in ((0, torch.arange(tokens)), (1, starts[:-1])):
+        context = torch.full_like(tiles, 7.0)
+        library.attention(addressof(own), tokens, q.data_ptr(), len(lengths), starts.data_ptr(), heads, size, first_only,
+                          context.data_ptr(), (ctypes.c_double * 2)())
+        found = weights.from_tiles(context, tokens).double()[places]
+        assert (found - expected[places]).abs().max() < error * expected.abs().max()
+
+
 # ---------------------------------------------------------------- instruction sets
 
 SETS = {"AVX2, 7 bits": (["-mavx2", "-mfma", "-DACTIVATION_BITS=7"], "avx2", 7),
@@ -144,7 +181,7 @@ def test_every_instruction_set_compiles_and_those_of_this_cpu_are_exact(name, tm
         pytest.skip(f"compiled; this CPU has no {flag}")
     library = build.open_native(path)
     assert library.instructions().decode() == name.partition(",")[0]
-    build.check_floats(library)
+    assert build.wrong_floats(library) == []
     for library.portable in (0, 1):
         for form in range(3):
             assert exact(library, random_layer(39, 803, 0.5, bits=bits), 70, form), (library.portable, form)
@@ -155,104 +192,6 @@ def test_every_instruction_set_compiles_and_those_of_this_cpu_are_exact(name, tm
 def test_it_compiles_for_arm(extension, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
     build.compile_native(tmp_path, "kernel", [f"-march=armv8.2-a+{extension}", "-DACTIVATION_BITS=8", "-O0"])
-
-
-# ---------------------------------------------------------------- tile registers, emulated
-
-EMULATED = ["-DPORTABLE", "-DEMULATED", "-DACTIVATION_BITS=8", "-O1",
-            "-include", str(ROOT / "tests" / "emulated_tiles.h")]
-TILES = (WHOLE_TILES, GATHERED_TILES)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The library as it is on a CPU with tile registers, these in plain C++."""
-    library = build.open_native(build.compile_native(tmp_path_factory.mktemp("emulated"), "kernel", EMULATED))
-    build.check_sums(library, 8, pytest.fail)
-    build.use_tiles(library, 8, pytest.fail)
-    build.check_floats(library)
-    assert weights.instructions(library) == "AMX"
-    return library
-
-
-@pytest.mark.parametrize("form", TILES)
-@pytest.mark.parametrize("out, columns, tokens", [(1, 1, 1), (4, 4, 2), (7, 13, 65), (97, 801, 33), (200, 36, 129),
-                                                  (3, 1540, 64), (96, 768, 16), (100, 770, 47), (388, 16, 1)])
-def test_sums_on_tiles_are_exact_for_every_shape(emulated, form, out, columns, tokens):
-    for sparsity in (0.0, 0.5, 0.8, 0.99, 1.0):
-        assert exact(emulated, random_layer(out, columns, sparsity), tokens, form), sparsity
-
-
-def test_sums_on_tiles_of_layers_at_random(emulated):
-    generator = random.Random(0)
-    for seed in range(150):
-        block = generator.choice([(1, 1), (1, 4), (4, 1), (4, 4), (16, 4), (32, 4), (16, 1), (3, 5)])
-        layer = random_layer(generator.randint(1, 150), generator.randint(1, 300), generator.random(), block,
-                             zero_point=generator.randint(0, 255), seed=seed)
-        assert exact(emulated, layer, generator.randint(1, 200), generator.choice(TILES), seed), (seed, block)
-
-
-def test_on_tiles_only_what_lives_is_held_and_blocks_of_16x4_are_gathered(emulated):
-    for block, form in (((1, 1), WHOLE_TILES), ((1, 4), WHOLE_TILES), ((4, 1), WHOLE_TILES), ((16, 4), GATHERED_TILES),
-                        ((32, 4), GATHERED_TILES)):
-        layer = random_layer(192, 512, 0.8, block)
-        assert weights.native_weights(emulated, [layer]).form == form and exact(emulated, layer, 70, None)
-        _, size = weights.native_linear(emulated, layer)
-        lives, steps = int((layer.values != 0).sum()), 192 * 512 / 1024
-        assert size <= lives + (128 + (form == GATHERED_TILES) * 32) * steps * (1 if form == WHOLE_TILES else 0.5) + 6e3
-    assert weights.native_weights(emulated, [random_layer(64, 512, 0.0)]).form == WHOLE_TILES
-
-
-@pytest.mark.parametrize("heads, hidden", [(3, 48), (2, 40), (1, 64), (4, 128)])
-@pytest.mark.parametrize("kind", ["classification", "span"])
-@pytest.mark.parametrize("block, sparsity", [((1, 4), 0.8), ((1, 1), 0.9), ((8, 4), 0.8), ((1, 1), 0.0)])
-def test_a_model_on_tiles_gives_what_it_gives_without(tmp_path, emulated, monkeypatch, kind, block, sparsity, heads,
-                                                      hidden):
-    """Bit by bit: one library, its integers from vectors and from tiles."""
-    directory = write_model(tmp_path, kind, block=block, sparsity=sparsity, num_attention_heads=heads,
-                            hidden_size=hidden)
-    plain, expected, on_tiles = build.open_native(emulated._name), [], []
-    for library, found in ((plain, expected), (emulated, on_tiles)):
-        model, packed, _ = int8.read_int8(directory)
-        engine = infer_cpu.native_engine(directory, model, packed, library)
-        found += [engine(random_batch(model.config, rows, seed=rows)) for rows in (2, 3, 23)]
-    assert engine.name == "tiles" and "in tiles by AMX" in engine.layout
-    monkeypatch.setattr(benchmark, "ceiling", lambda library, form: float(form))
-    parts = benchmark.where_time_goes(engine, random_batch(model.config, 2))
-    assert {parts[name][3] for name in ("intermediate", "output")} <= set(TILES) and parts["intermediate"][2] > 0
-    for one, other in zip(expected, on_tiles):
-        assert all(map(torch.equal, one, other))
-
-
-def test_no_tile_registers_are_a_plain_refusal(model_directory, library, emulated, monkeypatch):
-    if "amx_int8" not in " ".join(build.processor()).split():
-        with pytest.raises(InputError, match="engine tiles needs tile registers.*use engine native"):
-            infer_cpu.load(model_directory, "tiles", say=pytest.fail)
-    monkeypatch.setattr(library, "request_tiles", lambda: 1, raising=False)
-    with pytest.raises(NativeError, match="Operation not permitted"):
-        build.use_tiles(library, 8, pytest.fail)
-
-
-@pytest.mark.parametrize("right, wrong, word", [("_tile_dpbsud(3, 5, 7);", "_tile_dpbsud(3, 5, 6);", "(tiles)"),
-                                                ("_tile_loadd(5, b + 3 * STEP, ROW);", "", "tiles, gathered tiles"),
-                                                ("(int64_t)ROW, ROW);", "(int64_t)ROW, ROW / 2);", "(gathered tiles)")])
-def test_wrong_sums_on_tiles_are_found_out_and_vectors_stay(right, wrong, word, tmp_path, monkeypatch):
-    broken_source(monkeypatch, tmp_path, (right, wrong))
-    library, said = build.open_native(build.compile_native(tmp_path, "kernel", EMULATED)), []
-    build.use_tiles(library, 8, said.append)
-    assert library.tiles == 0 and "wrong sums" in said[0] and word in said[0]
-    assert weights.native_weights(library, [random_layer(8, 8)]).form in (WORDS, STRIPES, SCATTERED)
-
-
-@pytest.mark.skipif(not X86, reason="instructions of x86")
-def test_the_real_instructions_compile(tmp_path):
-    try:
-        path = build.compile_native(tmp_path, "kernel", ["-march=sapphirerapids", "-DACTIVATION_BITS=8", "-O1"])
-    except NativeError:
-        pytest.skip("this compiler does not know them")
-    if shutil.which("objdump"):
-        text = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True).stdout
-        assert text.count("tdpbsud") >= 8 and "tileloadd" in text and "vpexpandb" in text and "ldtilecfg" in text
 
 
 # ---------------------------------------------------------------- compiler, cache, self check
@@ -451,7 +390,7 @@ def test_torchs_defaults_are_not_its(model_directory, tmp_path, dtype):
     torch.set_default_dtype(dtype)
     try:
         found = [engine(batch) for engine in engines]
-        build.check_floats(engines[0].model.encoder.kernel.library)
+        assert build.wrong_floats(engines[0].model.encoder.kernel.library) == []
         assert not build.wrong_forms(engines[0].model.encoder.kernel.library, 7, (WORDS, STRIPES))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -496,7 +435,10 @@ def test_auto_says_what_it_measured(model_directory):
     assert said[-1].startswith(f"engine {engine.name}: ") and " ms" in said[-1]
 
 
-@pytest.mark.parametrize("best", ["native", "int8", "sparse"])
+OURS = "tiles" if "amx_int8" in " ".join(build.processor()).split() else "native"       # what auto takes of the two
+
+
+@pytest.mark.parametrize("best", [OURS, "int8", "sparse"])
 def test_auto_takes_the_fastest(model_directory, monkeypatch, best):
     """Whole engines are timed, where native alone does not beat torch's bare products."""
     monkeypatch.setattr(infer_cpu, "products_of_torch", lambda *_: (0.0, "no time at all"))
@@ -513,8 +455,8 @@ def test_auto_does_not_need_the_engines_of_torch(model_directory, monkeypatch):
 
     monkeypatch.setattr(infer_cpu, "fastest", fastest)
     said = []
-    assert infer_cpu.load(model_directory, "auto", say=said.append).name == "native"
-    assert len(said) == 1 and said[0].startswith("engine native: ") and "torch has no exact INT8 product" in said[0]
+    assert infer_cpu.load(model_directory, "auto", say=said.append).name == OURS
+    assert len(said) == 1 and said[0].startswith(f"engine {OURS}: ") and "torch has no exact INT8 product" in said[0]
 
 
 # ---------------------------------------------------------------- threads and memory
