@@ -10,13 +10,14 @@
     python infer_cpu.py --benchmark --random bert-base --sparsity 0.8 --pattern 1x4   without training; --size too
 
 Every engine is the network of model.py with functions set into its slots: `Linear.kernel`, or for native and tiles
-`Encoder.kernel`. Attention, layer norms, softmax and GELU are float32 for all.
+`Encoder.kernel`. Attention, layer norms, softmax and GELU are float32 for all, but that tiles multiplies in attention by
+pairs of bfloat16.
 
     fp32     dense float32 weights, zeros included
     int8     dense int8 weights, uint8 activations on the trained scale and zero point, exact int32 sums, float32 output
     sparse   only the weights that live, in integers too: the same numbers as int8
     native   the same numbers by native/, compiled for this CPU on first use; padding is not computed
-    tiles    native on tile registers (AMX), where this CPU has any; attention within 2^-16 of float32
+    tiles    native on tile registers (AMX), where this CPU has any; products in attention to 2^-16
     auto     the fastest of int8, sparse and (with a compiler) tiles or else native here; fp32 if it is not quantized
 """
 import contextlib

@@ -111,7 +111,7 @@ def benchmark(settings, directory):
 def where_time_goes(engine, batch):
     """Prints the parts of engine native or tiles: {part: (ms, share, G operations/s, by the kernel at its best)}.
 
-    Operations are a multiplication and an addition per weight that lives and token; in attention, in float32, per pair
+    Operations are a multiplication and an addition per weight that lives and token; in attention, in float32 or nearly so, per pair
     of tokens and feature, for scores and for values. At its best, a kernel finds its activations in the first cache
     (`ceiling`).
     """

@@ -89,7 +89,7 @@ def draw_speed():
         parts.append(text(10, top - 12, title, "bold"))
         for name, value in sorted(row["ms"].items(), key=lambda pair: pair[1]):
             width = max(1.0, BAR_WIDTH * value / max(row["ms"].values()))
-            kind = "ours" if name.startswith("native") else "others"
+            kind = "ours" if name.startswith(("native", "tiles")) else "others"
             parts += [text(BAR_LEFT - 8, top + 14, name, "small", "end"),
                       f'<rect x="{BAR_LEFT}" y="{top + 3}" width="{width:.1f}" height="{BAR_HEIGHT - 6}" '
                       f'class="{kind}"/>',

@@ -213,13 +213,10 @@ def random_model(settings, preset, sparsity, pattern, plain=False):
 
 
 def has_tiles():
+    sys.path.insert(0, str(HOME))
     from formats.machine import default_activation_bits
     from native.build import native_library
-    from native.weights import NativeError
-    try:
-        return native_library(default_activation_bits(), print, tiles=True).tiles
-    except NativeError:
-        return False
+    return native_library(default_activation_bits(), print, tiles=None).tiles
 
 
 def base(settings):
@@ -234,7 +231,7 @@ def base(settings):
                "torch int8": start("ours", model(0.8, "1x4"), "int8"),
                "torch fp32": start("ours", model(0.8, "1x4"), "fp32")}
     if has_tiles():
-        workers |= {f"tiles, {pattern} {sparsity:.0%}": start("ours", model(sparsity, pattern), "tiles")
+        workers |= {f"tiles, {pattern} {100 * sparsity:.0f} %": start("ours", model(sparsity, pattern), "tiles")
                     for pattern, sparsity in (("1x4", 0.8), ("16x4", 0.8), ("unstructured", 0.9))}
     folder = settings.work / "onnx"
     if settings.peers:
@@ -269,7 +266,8 @@ def models(settings):
 
 def lengths(settings):
     path = random_model(settings, "bert-base", 0.8, "1x4", plain=True)
-    workers = {engine: start("ours", path, engine) for engine in ("native", "int8", "fp32")}
+    engines = ("native", *(["tiles"] if has_tiles() else []), "int8", "fp32")
+    workers = {engine: start("ours", path, engine) for engine in engines}
     return in_turn(workers, [(batch, length) for batch in (1, 16) for length in (32, 128, 384)], rounds=5)
 
 
@@ -418,7 +416,7 @@ def main():
     from native.weights import instructions
     settings.work.mkdir(parents=True, exist_ok=True)
     figures = json.loads(settings.json.read_text()) if settings.json.is_file() else {}
-    cpu = f"{processor_name()}, {instructions(native_library(default_activation_bits(), print))}"
+    cpu = f"{processor_name()}, {instructions(native_library(default_activation_bits(), print, tiles=None))}"
     here = figures.setdefault(cpu, {})
     for part in PARTS:
         if settings.part not in (None, part.__name__):

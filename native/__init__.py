@@ -1,6 +1,6 @@
 """The compiled engine: sparse INT8 products and the whole encoder in C++, in the order to read them.
 
-    vectors.h       the vector types, and the three functions that differ from CPU to CPU
+    vectors.h       the vector types, and what differs from CPU to CPU
     functions.h     2^x and GELU of a vector
     tiles.h         tile registers (AMX), where there are any
     products.h      a layer's weights, and its product in five forms

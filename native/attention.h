@@ -88,11 +88,13 @@ static void attend(int64_t begin, int64_t end, int64_t D, int64_t features, cons
 //     A    16 rows of 32 numbers                         of keys a row is a token; of values, a feature
 //     B    16 rows, each two numbers of 16 columns       of queries a column is a token; of probabilities, a query
 //
-// Tokens are taken by BLOCK, as they lie in tiles; where a sequence ends within, probabilities are 0.
+// Tokens are taken by BLOCK, as they lie in tiles. Where a sequence begins or ends within, probabilities are 0; what the
+// other tokens have is finite, for levels are levels also after the last token, so that 0 times it is 0. In which order
+// a row's products are added depends on where it lies among others, and with it its last bits.
 
 #if defined(TILES)
 constexpr int BLOCK = 32;               // tokens; and features, of a step
-struct Rows { A high, low; };
+struct Halves { A high, low; };
 template <int COLUMNS> struct alignas(64) Columns { uint32_t high[SIDE][COLUMNS], low[SIDE][COLUMNS]; };
 
 static inline ints upper_half(ints x) { return x & (ints)broadcast((int32_t)0xffff0000); }
@@ -115,23 +117,25 @@ static inline void split_pair(floats x, floats y, void *high, void *low) {
 template <int SQUARE> static inline void transpose(ints words[SIDE]) {
     static_assert(LANES == SIDE, "a square");
     struct Lanes {
-        ints upper, lower;                          // of two vectors, one after the other
-        constexpr Lanes() : upper{}, lower{} {
+        alignas(T) int32_t upper[SIDE] = {}, lower[SIDE] = {};      // of two vectors, one after the other
+        constexpr Lanes() {
             for (int j = 0; j < SIDE; j++)
                 upper[j] = j & SQUARE ? j - SQUARE + SIDE : j, lower[j] = j & SQUARE ? j + SIDE : j + SQUARE;
         }
     };
-    static const Lanes lanes;
+    static constexpr Lanes lanes;
+    const ints upper = *(const ints *)lanes.upper, lower = *(const ints *)lanes.lower;
     for (int i = 0; i < SIDE; i++) {
         if (i & SQUARE) continue;
         ints a = words[i], b = words[i + SQUARE];
-        words[i] = of_two(a, b, lanes.upper), words[i + SQUARE] = of_two(a, b, lanes.lower);
+        words[i] = of_two(a, b, upper), words[i + SQUARE] = of_two(a, b, lower);
     }
     if constexpr (SQUARE > 1) transpose<SQUARE / 2>(words);
 }
 
-// 32 rows (at `a` and at `below`, `steps` of them) by 32 columns of B, whose rows are `row` words: registers 0 to 3.
-static inline void two_by_two_floats(const Rows *a, const Rows *below, int64_t steps, const uint32_t *b, int64_t row) {
+// 32 rows (at `a` and at `below`, `steps` of them) by 32 columns of B, whose rows are `row` words, those of the upper
+// halves before those of what is left: registers 0 to 3.
+static inline void two_by_two_floats(const Halves *a, const Halves *below, int64_t steps, const uint32_t *b, int64_t row) {
     auto multiply_all = [] {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -159,7 +163,7 @@ static inline void two_by_two_floats(const Rows *a, const Rows *below, int64_t s
 struct Head {
     int64_t D, steps, tiles;
     std::vector<Columns<T>> queries;            // (tiles, steps), already divided by sqrt(D) ln 2
-    std::vector<Rows> keys, values;             // (tokens / 16, steps); (features / 16, tokens / 32)
+    std::vector<Halves> keys, values;             // (tokens / 16, steps); (features / 16, tokens / 32)
     std::vector<Columns<BLOCK>> probabilities;  // a scratch
     std::vector<Line> scores;                   // another
 };
@@ -182,7 +186,7 @@ static void lay_out(Head &to, const float *y) {
         for (int64_t step = 0; step < to.steps; step++)
             for (int v = 0; v < 4; v++) {
                 Columns<T> &query = to.queries[tile * to.steps + step];
-                Rows &key = to.keys[(tile * 4 + v) * to.steps + step];
+                Halves &key = to.keys[(tile * 4 + v) * to.steps + step];
                 ints high[SIDE], low[SIDE];
                 for (int i = 0; i < SIDE; i++) {
                     int64_t f = step * BLOCK + 2 * i;
@@ -196,7 +200,7 @@ static void lay_out(Head &to, const float *y) {
         for (int64_t f = 0; f < to.steps * BLOCK; f++)
             for (int v = 0; v < 4; v++) {
                 typedef int16_t Short __attribute__((vector_size(T / 2), may_alias));
-                Rows &value = to.values[(f / SIDE * to.tiles + tile) * 2 + v / 2];
+                Halves &value = to.values[(f / SIDE * to.tiles + tile) * 2 + v / 2];
                 ints high, low;
                 split(feature(2, f, v), high, low);
                 ((Short *)value.high.row[f % SIDE])[v % 2] = __builtin_convertvector(high >> 16, Short);
@@ -217,7 +221,7 @@ static void attend_on_tiles(Head &head, int64_t at, int64_t begin, int64_t end, 
     Columns<BLOCK> *probabilities = head.probabilities.data();
     const uint32_t *query = head.queries[at / T * head.steps].high[0] + at % T;
     for (int64_t block = 0; block < blocks; block++) {
-        const Rows *key = &head.keys[2 * (lowest + block) * head.steps];
+        const Halves *key = &head.keys[2 * (lowest + block) * head.steps];
         two_by_two_floats(key, key + head.steps, head.steps, query, T);
         store_two_by_two((float *)score[block * BLOCK], BLOCK);
     }
@@ -236,7 +240,7 @@ static void attend_on_tiles(Head &head, int64_t at, int64_t begin, int64_t end, 
         }
     written();
     for (int64_t step = 0; step < head.steps; step++) {
-        const Rows *value = &head.values[step * 2 * 2 * head.tiles + lowest];
+        const Halves *value = &head.values[step * 2 * 2 * head.tiles + lowest];
         two_by_two_floats(value, value + 2 * head.tiles, blocks, probabilities->high[0], BLOCK);
         store_two_by_two((float *)out[step * BLOCK], BLOCK);
     }

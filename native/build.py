@@ -165,10 +165,12 @@ def use_tiles(library, bits, say):
     if error:
         reason = os.strerror(error) if error > 0 else f"{instructions(library)} is what this CPU and its compiler know"
         raise NativeError(f"engine tiles needs tile registers (AMX), and there are none: {reason}; use engine native")
-    library.tiles = 1
-    wrong = wrong_forms(library, bits, (WHOLE_TILES, GATHERED_TILES)) + wrong_floats(library)
+    library.tiles, wrong = 1, ["all"]
+    try:
+        wrong = wrong_forms(library, bits, (WHOLE_TILES, GATHERED_TILES)) + wrong_floats(library)
+    finally:
+        library.tiles = int(not wrong)
     if wrong:
-        library.tiles = 0
         say(f"engine tiles: tile registers give wrong results here ({', '.join(wrong)}) and are not used")
 
 

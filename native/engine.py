@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import quant
 from model import InputError, linears
-from native.weights import FORMS, INTEGER, POINTER, SMALL, NativeError, instructions, native_linear, native_weights
+from native.weights import (FORMS, INTEGER, POINTER, SMALL, WHOLE_TILES, NativeError, instructions, native_linear,
+                            native_weights)
 
 # The parts of `encode` that are timed, in the order of enum Part in encoder.cpp; the first, and the third to fifth,
 # are the products of a layer.
@@ -118,4 +119,7 @@ def take_over(model, packed, library):
     size += sum(array.nbytes for each in weights for array in each.arrays)
     numbers = ((sum(each.form == form for each in weights), FORMS[form]) for form in range(len(FORMS)))
     layout = ", ".join(f"{number} products in {form}" for number, form in numbers if number)
-    return f"{layout} by {instructions(library)}", size
+    layout += f" by {instructions(library)}"
+    if any(each.form == WHOLE_TILES for each in weights):
+        layout += "; there zeros save bytes, not multiplications"
+    return layout, size

@@ -172,7 +172,23 @@ static void on_tile(const Weights &w, const Weights *next, int64_t tokens, int64
 }
 
 #if defined(TILES)
-// The sums of a unit of outputs and a tile on their way to y or levels, as `finish` has it, one output at a time.
+// One or two blocks of SIDE outputs, of which first to last are wanted; `row`: where the first of them is in y. Two
+// share what they read of B; gathered ones have each their own.
+struct Unit { int64_t block, blocks, first, last, row; };
+
+// Units of `ranges` ranges of `size` outputs, `stride` apart from `first` on.
+static void find_units(const Weights &w, int64_t first, int64_t size, int64_t ranges, int64_t stride,
+                       std::vector<Unit> &units) {
+    units.clear();
+    for (int64_t range = 0; range < ranges; range++)
+        for (int64_t begin = first + range * stride, at = begin, end = begin + size, last; at < end; at = last) {
+            int64_t block = at / SIDE, blocks = w.form == WHOLE_TILES && (block + 1) * SIDE < end ? 2 : 1;
+            last = std::min(end, (block + blocks) * SIDE);
+            units.push_back({block, blocks, at, last, range * size + at - begin});
+        }
+}
+
+// The sums of a unit and a tile on their way to y or levels, as `finish` has it, one output at a time.
 template <class M> struct Finishing {
     const Weights &w, &next;
     const int32_t *sums = nullptr;                                  // of `output`, [T]
@@ -200,21 +216,6 @@ template <class M> struct Finishing {
     }
 };
 
-// One or two blocks of SIDE outputs, of which first to last are wanted; `row`: where the first of them is in y.
-struct Unit { int64_t block, blocks, first, last, row; };
-
-// `ranges` ranges of `size` outputs, `stride` apart from `first` on.
-static void find_units(const Weights &w, int64_t first, int64_t size, int64_t ranges, int64_t stride,
-                       std::vector<Unit> &units) {
-    units.clear();
-    for (int64_t range = 0; range < ranges; range++)
-        for (int64_t begin = first + range * stride, at = begin, end = begin + size, last; at < end; at = last) {
-            int64_t block = at / SIDE, blocks = w.form == WHOLE_TILES && (block + 1) * SIDE < end ? 2 : 1;
-            last = std::min(end, (block + blocks) * SIDE);
-            units.push_back({block, blocks, at, last, range * size + at - begin});
-        }
-}
-
 // The outputs that find_units has, of all tiles, on tile registers: into y, whose tiles are `pitch` apart and have the
 // ranges one after the other, or into `levels`. A unit's weights are expanded once. While tile registers multiply it by
 // one tile, vectors finish the one before: piece by piece, for they hold a CPU up that gets too many of them at once.
@@ -224,9 +225,10 @@ static void on_registers(const Weights w, const Weights next, int64_t tokens, in
     constexpr int GATHERED = 4;                                     // steps: 16 KB of B
     thread_local std::vector<Unit> units;
     thread_local std::vector<A> expanded;
-    alignas(64) int32_t sums[2][2 * SIDE * T];                      // of this tile and the one before
+    alignas(64) int32_t sums[2][2 * SIDE * T] = {};                 // of this tile and the one before
     alignas(64) uint8_t b[GATHERED * SIDE * ROW];
-    const int64_t whole = w.inputs / STEP, rest = w.inputs % STEP, tiles = tiles_of(tokens);
+    const int64_t whole = w.inputs / STEP, tiles = tiles_of(tokens);
+    const int64_t rest = w.form == WHOLE_TILES ? w.inputs % STEP : 0;
     const int32_t *starts = w.starts, *survivors = w.starts + (w.outputs + SIDE - 1) / SIDE + 1;
     find_units(w, first, size, ranges, stride, units);
     if ((int64_t)expanded.size() < 2 * (whole + 1)) expanded.resize(2 * (whole + 1));
@@ -236,9 +238,9 @@ static void on_registers(const Weights w, const Weights next, int64_t tokens, in
     int turn = 0;
     for (const Unit &unit : units) {
         const A *a = expanded.data();
-        const int64_t steps = starts[unit.block + 1] - starts[unit.block], all = starts[unit.block + unit.blocks];
-        expand_all(w.alive + starts[unit.block] * SIDE, (const int8_t *)w.blocks + survivors[unit.block],
-                   all - starts[unit.block], expanded.data());
+        const int64_t begin = starts[unit.block], steps = starts[unit.block + 1] - begin;
+        expand_all(w.alive + begin * SIDE, (const int8_t *)w.blocks + survivors[unit.block],
+                   starts[unit.block + unit.blocks] - begin, expanded.data());
         for (int64_t tile = 0; tile < tiles; tile++, turn ^= 1) {
             const uint8_t *x = q + tile * w.inputs * T;
             const int halves = unit.blocks == 1 || used_vectors(tokens, tile) < 3 ? 1 : 2;
@@ -264,7 +266,7 @@ static void on_registers(const Weights w, const Weights next, int64_t tokens, in
                 } else
                     for (int64_t step = 0, count; step < steps; step += count) {
                         count = std::min<int64_t>(GATHERED, steps - step);
-                        gather(x, w.columns + (starts[unit.block] + step) * SIDE, count, b);
+                        gather(x, w.columns + (begin + step) * SIDE, count, b);
                         one_by_four(a + step, count, b, meanwhile);
                     }
                 store_one_by_four(sums[turn]);
@@ -286,7 +288,7 @@ static void linear_on(const Weights &w, int64_t tokens, const uint8_t *q, float 
                       const Weights *next) {
 #if defined(TILES)
     if (on_tiles(w)) {
-        const int64_t shares = 4 * omp_get_max_threads(), units = (w.outputs + 2 * SIDE - 1) / (2 * SIDE);
+        const int64_t shares = omp_in_parallel() ? 1 : 4 * omp_get_max_threads(), units = (w.outputs + 2 * SIDE - 1) / (2 * SIDE);
         const int64_t size = (units + shares - 1) / shares * (2 * SIDE);
 #pragma omp parallel for schedule(dynamic, 1)
         for (int64_t first = 0; first < w.outputs; first += size)

@@ -86,12 +86,12 @@ static inline ints of_two(ints a, ints b, ints place) {
 static inline floats look_up(const float *table, floats place) {
     return (floats)_mm512_permutexvar_ps((__m512i)place, _mm512_load_ps(table));
 }
-// x 2^floor(exponent), 0 where that is too small.
+// x 2^floor(exponent), towards 0 where that is too small.
 static inline floats scale_by(floats x, floats exponent) { return (floats)_mm512_scalef_ps((__m512)x, (__m512)exponent); }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What differs from CPU to CPU: three functions, and the same three in plain C++, for where the others are wrong.
+// What differs from CPU to CPU in products: three functions, and the same three in plain C++, for where the others are wrong.
 //     dot(sum, x, w)       sum[t] + (x[t][0] - OFFSET) w[0] + ... + (x[t][3] - OFFSET) w[3]: x uint8, w int8, sum int32
 //     interleave(q, x)     a vector of each of four `rows` -> their T words, in the order of the tokens
 //     narrow(x)            T int32 of 0 to 255, in the order of the tokens -> one of the `rows`

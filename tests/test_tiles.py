@@ -25,9 +25,10 @@ TILES = (WHOLE_TILES, GATHERED_TILES)
 def on_tiles(request, tmp_path_factory):
     """The library as it is on a CPU with tile registers: these in plain C++; and as they are, where this CPU has any."""
     if request.param == "real":
-        if "amx_int8" not in " ".join(build.processor()).split():
-            pytest.skip("this CPU has no tile registers")
-        library = build.native_library(8, pytest.fail, tiles=True)
+        try:
+            library = build.native_library(8, pytest.fail, tiles=True)
+        except NativeError as error:
+            pytest.skip(str(error))
     else:
         library = build.open_native(build.compile_native(tmp_path_factory.mktemp("emulated"), "kernel", EMULATED))
         build.check_sums(library, 8, pytest.fail)
@@ -77,7 +78,7 @@ def test_a_model_on_tiles_gives_what_it_gives_without(tmp_path, on_tiles, monkey
         model, packed, _ = int8.read_int8(directory)
         engine = infer_cpu.native_engine(directory, model, packed, library)
         found += [engine(random_batch(model.config, rows, seed=rows)) for rows in (2, 3, 23)]
-    assert engine.name == "tiles" and "in tiles by AMX" in engine.layout
+    assert engine.name == "tiles" and "in tiles by AMX; there zeros save bytes, not multiplications" in engine.layout
     monkeypatch.setattr(benchmark, "ceiling", lambda library, form: float(form))
     parts = benchmark.where_time_goes(engine, random_batch(model.config, 2))
     assert {parts[name][3] for name in ("intermediate", "output")} <= set(TILES) and parts["intermediate"][2] > 0
