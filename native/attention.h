@@ -82,15 +82,15 @@ static void attend(int64_t begin, int64_t end, int64_t D, int64_t features, cons
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The same on tile registers. They multiply numbers of 16 bits (bfloat16, the upper half of a float32) and add up in
-// float32 (TDPBF16PS). So that little is lost, a number is taken as the sum of two of them, x = high + low to 2^-17 |x|,
-// and x y as high high + low high + high low.
+// float32 (TDPBF16PS). So that little is lost, a number is taken as the sum of two of them, x = high + low but for
+// 2^-17 |x|, and x y as high high + low high + high low.
 //
 //     A    16 rows of 32 numbers                         of keys a row is a token; of values, a feature
 //     B    16 rows, each two numbers of 16 columns       of queries a column is a token; of probabilities, a query
 //
-// Tokens are taken by BLOCK, as they lie in tiles. Where a sequence begins or ends within, probabilities are 0; what the
-// other tokens have is finite, for levels are levels also after the last token, so that 0 times it is 0. In which order
-// a row's products are added depends on where it lies among others, and with it its last bits.
+// Tokens are taken by BLOCK, as they lie in tiles. Where a sequence begins or ends within, probabilities are 0; what
+// the other tokens have is finite, for levels are levels also after the last token, so that 0 times it is 0. In which
+// order a row's products are added depends on where it lies among others, and with it its last bits.
 
 #if defined(TILES)
 constexpr int BLOCK = 32;               // tokens; and features, of a step
@@ -135,7 +135,8 @@ template <int SQUARE> static inline void transpose(ints words[SIDE]) {
 
 // 32 rows (at `a` and at `below`, `steps` of them) by 32 columns of B, whose rows are `row` words, those of the upper
 // halves before those of what is left: registers 0 to 3.
-static inline void two_by_two_floats(const Halves *a, const Halves *below, int64_t steps, const uint32_t *b, int64_t row) {
+static inline void two_by_two_floats(const Halves *a, const Halves *below, int64_t steps, const uint32_t *b,
+                                     int64_t row) {
     auto multiply_all = [] {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);

@@ -250,8 +250,8 @@ static void on_registers(const Weights w, const Weights next, int64_t tokens, in
                 for (due += pieces; due >= calls; due -= calls) before.one();
                 written();
             };
-            if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);       // the remaining rows of b meet zeros
-            written();
+            if (rest) std::memcpy(b, x + whole * SIDE * ROW, rest / 4 * ROW);   // the remaining rows of b meet zeros
+            written();                                                          // also what expand_all wrote
             for (int half = 0; half < halves; half++) {
                 clear();
                 if (unit.blocks == 2) {
@@ -288,7 +288,8 @@ static void linear_on(const Weights &w, int64_t tokens, const uint8_t *q, float 
                       const Weights *next) {
 #if defined(TILES)
     if (on_tiles(w)) {
-        const int64_t shares = omp_in_parallel() ? 1 : 4 * omp_get_max_threads(), units = (w.outputs + 2 * SIDE - 1) / (2 * SIDE);
+        const int64_t shares = omp_in_parallel() ? 1 : 4 * omp_get_max_threads();
+        const int64_t units = (w.outputs + 2 * SIDE - 1) / (2 * SIDE);
         const int64_t size = (units + shares - 1) / shares * (2 * SIDE);
 #pragma omp parallel for schedule(dynamic, 1)
         for (int64_t first = 0; first < w.outputs; first += size)

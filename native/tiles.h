@@ -9,9 +9,10 @@
 //     C    int32    16 outputs, rows of 16 tokens                sums, as they lie in a float tile
 //
 // That is eight times what vectors do (Intel's optimization manual, on AMX), and a zero inside of A costs what any weight
-// costs. So what the zeros save are bytes: of A is kept what lives, and 64 bits per row that say where. `expand` sets it
-// out in a near cache (32 outputs of 768 inputs: 24 KB), once for all tokens at hand. Blocks of 16x4 save multiplications too: four inputs that none of
-// the 16 outputs reads are a row of B that is left out. The others are copied together from `words` first (`gather`).
+// costs. So what the zeros save are bytes: of A is kept what lives, and 64 bits per row that say where. `expand` sets
+// it out in a near cache (32 outputs of 768 inputs: 24 KB), once for all tokens at hand. Blocks of 16x4 save
+// multiplications too: four inputs that none of the 16 outputs reads are a row of B that is left out. The others are
+// copied together from `words` first (`gather`).
 #pragma once
 #include "vectors.h"
 #if defined(__linux__)
@@ -20,7 +21,8 @@
 #include <unistd.h>
 #endif
 
-#if defined(EMULATED) || (defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VBMI2__) && !defined(PORTABLE))
+#if defined(EMULATED) || (defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VBMI2__) \
+                          && !defined(PORTABLE))
 #define TILES
 constexpr int SIDE = 16;                // outputs of A, tokens of B, rows of a register
 constexpr int STEP = 64;                // inputs of A and B

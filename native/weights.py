@@ -14,7 +14,7 @@ from model import InputError
 WORDS, STRIPES, SCATTERED, WHOLE_TILES, GATHERED_TILES = range(5)      # drawn in vectors.h and tiles.h
 FORMS = ("words", "stripes", "scattered", "tiles", "gathered tiles")
 COSTS = (1.0, 2.9, 1.4,                     # of a block, of four on one interleaving, of one on its own; by AVX-512
-         1.0, 2.5)                          # of 64 inputs for 16 outputs, and of 64 that are gathered (1.9 to 3.4); by AMX
+         1.0, 2.5)                          # of 64 inputs for 16 outputs, and of 64 gathered (1.9 to 3.4); by AMX
 SIDE, STEP = 16, 64                         # outputs and inputs of a tile register
 RANGE = 768                                 # inputs of a tile that are taken together: 48 KB with AVX-512, 24 with AVX2
 POINTER, INTEGER, SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

@@ -203,26 +203,53 @@ def test_numbers_of_the_five_tasks_are_the_measured_ones():
     assert "| minutes (threads) | " + " | ".join(minutes.values()) + " |" in README
 
 
+AMX = "Intel(R) Xeon(R) Processor, AMX"
+TABLES = [["AMD EPYC, AVX-512 VNNI", "AMD EPYC, AVX2"], [AMX]]                  # of the page on speed, by their columns
+
+
+def times_on(cpu):
+    """{batch size: {contender: ms}} of BERT-Base."""
+    return {row["batch"]: row["ms"] for row in SPEED[cpu]["base"]["rows"]}
+
+
 def test_speeds_are_the_measured_ones():
-    """Each row of the speed table against bench/speed.json; and native is the fastest of all, on every CPU."""
-    bases = [{row["batch"]: row["ms"] for row in measured["base"]["rows"]} for measured in SPEED.values()]
-    for name in dict.fromkeys(name for base in bases for name in base[1]):
-        cells = []
-        for base in bases:
-            eager = {batch: times["torch eager fp32 (transformers)"] for batch, times in base.items()}
-            one, many = base[1].get(name), base[16].get(name)
-            cells += ([f"{one:.1f}", f"{eager[1] / one:.1f}x", f"{many:.0f}", f"{eager[16] / many:.1f}x"] if one else
-                      [""] * 4)
-        assert f"| {name} | {' | '.join(cells)} |".replace("  ", " ") in README
-    for times in (times for base in bases for times in base.values()):
-        ours = [value for name, value in times.items() if name.startswith("native")]
-        assert max(ours) < min(value for name, value in times.items() if not name.startswith("native"))
-    vnni, avx2 = (" and ".join(f"{row['ms']['ONNX Runtime dynamic int8'] / row['ms']['native, 1x4 80 %']:.1f}"
-                               for row in SPEED[cpu]["base"]["rows"])
-                  for cpu in ("AMD EPYC, AVX-512 VNNI", "AMD EPYC, AVX2"))
+    """Each row of the speed tables against bench/speed.json; and ours is the fastest of all, on every CPU."""
+    assert sorted(SPEED) == sorted(cpu for table in TABLES for cpu in table)
+    for table in TABLES:
+        bases = [times_on(cpu) for cpu in table]
+        for name in dict.fromkeys(name for base in bases for name in base[1]):
+            cells = []
+            for base in bases:
+                eager = {batch: times["torch eager fp32 (transformers)"] for batch, times in base.items()}
+                one, many = base[1].get(name), base[16].get(name)
+                cells += ([f"{one:.1f}", f"{eager[1] / one:.1f}x", f"{many:.0f}", f"{eager[16] / many:.1f}x"] if one else
+                          [""] * 4)
+            assert f"| {name} | {' | '.join(cells)} |".replace("  ", " ") in README
+        for times in (times for base in bases for times in base.values()):
+            kind = "tiles" if any(name.startswith("tiles") for name in times) else "native"
+            ours = [value for name, value in times.items() if name.startswith(kind)]
+            assert max(ours) < min(value for name, value in times.items() if not name.startswith(("native", "tiles")))
+    vnni, avx2 = (" and ".join(f"{times['ONNX Runtime dynamic int8'] / times['native, 1x4 80 %']:.1f}"
+                               for times in times_on(cpu).values()) for cpu in TABLES[0])
     text = " ".join(README.split())
     assert f"our engine is {avx2} times as fast as ONNX" in text and f"with AVX-512 VNNI {vnni} times" in text
-    assert all(f"on an {cpu.split(', ')[0]} with {cpu.split(', ')[1]}" in " ".join(README.split()) for cpu in SPEED)
+    assert all(f"on an {cpu.split(', ')[0]} with {cpu.split(', ')[1]}" in " ".join(README.split()) for cpu in TABLES[0])
+
+
+def test_what_is_said_of_tile_registers_is_measured():
+    """Batch 1 and 16 of 1x4 blocks against each contender, and rows of other lengths against the vectors."""
+    text, times = " ".join(README.split()), times_on(AMX)
+    for name, words in (("OpenVINO int8", "OpenVINO's INT8"), ("ONNX Runtime dynamic int8", "ONNX Runtime's INT8"),
+                        ("torch eager bf16 (transformers)", "PyTorch's bfloat16"),
+                        ("native, 1x4 80 %", "the engine `native`")):
+        one, many = (times[batch][name] / times[batch]["tiles, 1x4 80 %"] for batch in (1, 16))
+        assert f"{one:.1f} and {many:.1f} times as fast as {words}" in text, (name, one, many)
+    coarse = [times[batch]["tiles, 1x4 80 %"] / times[batch]["tiles, 16x4 80 %"] for batch in (1, 16)]
+    assert f"Blocks of 16x4 are {coarse[0]:.2f} and {coarse[1]:.2f} times as fast as 1x4" in text, coarse
+    lengths = {(row["batch"], row["length"]): row["ms"]["native"] / row["ms"]["tiles"]
+               for row in SPEED[AMX]["lengths"]["rows"]}
+    assert (f"a single row of 32 tokens takes {1 / lengths[1, 32]:.2f} times as long as in `native`, one of 384 "
+            f"{1 / lengths[1, 384]:.2f} times") in text, lengths
 
 
 def test_the_other_speeds_are_the_measured_ones():
