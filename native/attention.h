@@ -164,7 +164,7 @@ static inline void two_by_two_floats(const Halves *a, const Halves *below, int64
 struct Head {
     int64_t D, steps, tiles;
     std::vector<Columns<T>> queries;            // (tiles, steps), already divided by sqrt(D) ln 2
-    std::vector<Halves> keys, values;             // (tokens / 16, steps); (features / 16, tokens / 32)
+    std::vector<Halves> keys, values;           // (tokens / 16, steps); (features / 16, tokens / 32)
     std::vector<Columns<BLOCK>> probabilities;  // a scratch
     std::vector<Line> scores;                   // another
 };

@@ -93,10 +93,10 @@ def damaged(data, config, chance):
     return struct.pack("<Q", len(text)) + text + body, config
 
 
-def run(directory, count, seed=0):
+def run(directory, count, seed=0, tiles=False):
     """Damage, open and run so many files -> how many were refused, and how many ran. Anything else is an exception."""
     models = write_models(directory)
-    library = build.native_library(8, print)
+    library = build.native_library(8, print, tiles=tiles)
     broken, counts = directory / "broken", collections.Counter()
     broken.mkdir()
     for number in range(seed, seed + count):
@@ -125,9 +125,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0, help="number of the first file")
+    parser.add_argument("--tiles", action="store_true", help="on tile registers")
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        counts = run(Path(directory), settings.count, settings.seed)
+        counts = run(Path(directory), settings.count, settings.seed, settings.tiles)
     print(f"{settings.count} damaged files: {counts['refused']} refused in one sentence, {counts['ran']} ran")
 
 
