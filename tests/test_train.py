@@ -137,14 +137,14 @@ def test_directories_open_in_transformers(chain):
 
 def test_evaluate_reads_what_the_stage_wrote(chain, world, capsys):
     """--stage evaluate on a directory prints the metrics that its stage stored: rounding, masks and head come back."""
+    def stored(name):
+        return json.loads((chain / name / "metrics.json").read_text())["metrics"]
     for name in ("sst2/sparse-1x4-0.85", "sst2/int8-1x4-0.85"):
         train.main(["--stage", "evaluate", "--init", str(chain / name), "--task", "sst2", "--data", str(world)])
-        stored = json.loads((chain / name / "metrics.json").read_text())["metrics"]
-        assert f"accuracy {stored['accuracy']:.4f}" in capsys.readouterr().out
+        assert f"accuracy {stored(name)['accuracy']:.4f}" in capsys.readouterr().out
     train.main(["--stage", "evaluate", "--init", str(chain / "pretrain"), "--corpus", str(world / "corpus.txt")])
-    stored = json.loads((chain / "pretrain" / "metrics.json").read_text())["metrics"]
     printed = {name: float(value) for name, value in re.findall(r"(validation_\w+) ([\d.]+)", capsys.readouterr().out)}
-    assert printed == pytest.approx(stored, rel=1e-3)               # bf16 rounds otherwise in batches of another size
+    assert printed == pytest.approx(stored("pretrain"), rel=1e-3)   # bf16 rounds otherwise in batches of another size
 
 
 def test_evaluate_takes_rows_as_typed_or_as_trained_or_as_published(chain, world, tmp_path, monkeypatch, capsys):
@@ -523,8 +523,7 @@ def test_damaged_model_directories(chain, world, tmp_path, capsys):
 @pytest.mark.parametrize("content, named", [
     (b"sentence\tlabel\ngood film\t1\nbad film\n", ":3"),
     (b"sentence\tlabel\ngood film\t1\nbad film\tawful\n", "awful"),
-    (b"", "train.tsv"),
-    (b"sentence\tlabel\n", "train.tsv"),
+    (b"", "train.tsv"), (b"sentence\tlabel\n", "train.tsv"),
     (b"sentence\tlabel\ngood \xff\xfe film\t1\n", "UTF-8"),
     (b"text\tlabel\ngood film\t1\n", "sentence"),
 ])
