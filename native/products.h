@@ -112,21 +112,26 @@ static inline floats scaled(const Weights &w, int64_t output, ints sum) {
     return __builtin_convertvector(sum, floats) * w.scales[output] + w.bias[output];
 }
 
-// Four outputs of a tile, from `output` on, whose sums are complete: into y, float32; or with y null through GELU into
-// the `levels` of `next`, which begin at output 0.
+// An output of a tile whose sum is complete: into y, float32; or with y null through GELU into its row of levels.
+template <class M, int N>
+static inline void finish_one(const Weights &w, const Weights &next, int64_t output, const ints s[N], float *y,
+                              bytes row[4]) {
+    if (y) {
+        for (int v = 0; v < N; v++) *(floats *)(y + v * LANES) = scaled(w, output, s[v]);
+    } else {
+        ints value[4] = {};
+        for (int v = 0; v < N; v++) value[v] = level(gelu(scaled(w, output, s[v])), next);
+        row[output % 4] = M::narrow(value);
+    }
+}
+
+// Four outputs from `output` on: into y, or into the `levels` of `next`, which begin at output 0.
 template <class M, int N>
 static inline void finish(const Weights &w, const Weights &next, int64_t output, const ints s[4][N], float *y,
                           uint8_t *levels) {
-    if (y) {
-        for (int o = 0; o < 4; o++)
-            for (int v = 0; v < N; v++) *(floats *)(y + o * T + v * LANES) = scaled(w, output + o, s[o][v]);
-    } else {
-        ints value[4][4];
-        if (N < 4) std::memset(value, 0, sizeof(value));
-        for (int o = 0; o < 4; o++)
-            for (int v = 0; v < N; v++) value[o][v] = level(gelu(scaled(w, output + o, s[o][v])), next);
-        store_levels<M>(levels, output, value, next);
-    }
+    bytes row[4];
+    for (int o = 0; o < 4; o++) finish_one<M, N>(w, next, output + o, s[o], y ? y + o * T : nullptr, row);
+    if (!y) store_rows<M>(levels, output, row, next);
 }
 
 // The outputs first to last of one tile, into y, which begins at output `first`, or into `levels`, as `finish` has it.
@@ -198,17 +203,11 @@ template <class M> struct Finishing {
     bytes row[4] = {};
 
     void one() {
-        const ints *s = (const ints *)sums;
-        const int32_t correction = w.zero_point * w.sums[output];
-        if (y) {
-            for (int v = 0; v < 4; v++) *(floats *)(y + v * LANES) = scaled(w, output, s[v] - correction);
-            y += T;
-        } else {
-            ints value[4];
-            for (int v = 0; v < 4; v++) value[v] = level(gelu(scaled(w, output, s[v] - correction)), next);
-            row[output % 4] = M::narrow(value);
-            if (output % 4 == 3) store_rows<M>(levels, output - 3, row, next);
-        }
+        ints s[4];
+        for (int v = 0; v < 4; v++) s[v] = ((const ints *)sums)[v] - w.zero_point * w.sums[output];
+        finish_one<M, 4>(w, next, output, s, y, row);
+        if (y) y += T;
+        else if (output % 4 == 3) store_rows<M>(levels, output - 3, row, next);
         output++, sums += T;
     }
     void rest() {

@@ -2,6 +2,8 @@
 import random
 import shutil
 import subprocess
+from ctypes import addressof
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +65,26 @@ def test_on_tiles_only_what_lives_is_held_and_blocks_of_16x4_are_gathered(on_til
         lives, steps = int((layer.values != 0).sum()), 192 * 512 / 1024
         assert size <= lives + (128 + (form == GATHERED_TILES) * 32) * steps * (1 if form == WHOLE_TILES else 0.5) + 6e3
     assert weights.native_weights(on_tiles, [random_layer(64, 512, 0.0)]).form == WHOLE_TILES
+
+
+@pytest.mark.parametrize("form", TILES)
+@pytest.mark.parametrize("columns, tokens", [(100, 150), (64, 33), (132, 1), (16, 64)])
+def test_after_gelu_levels_are_those_of_the_vectors(on_tiles, form, columns, tokens):
+    """Bit by bit: what follows a sum does not depend on who made it."""
+    generator = torch.Generator().manual_seed(4)
+    first = replace(random_layer(96, columns, 0.7), weight_scale=torch.full((96,), 3e-4),
+                    bias=torch.randn(96, generator=generator))
+    second = replace(random_layer(8, 96), input_scale=torch.tensor(0.02), input_zero_point=torch.tensor(20).int())
+    x = torch.randint(-37, 218, (tokens, columns), generator=generator).float()
+    tile, following, found = on_tiles.tokens_of_tile(), weights.native_weights(on_tiles, [second], WORDS), []
+    tiles = weights.to_tiles(x, tile)
+    for layout in (WORDS, form):
+        own = weights.native_weights(on_tiles, [first], layout)
+        q, levels = (torch.empty(len(tiles) * tile * size, dtype=torch.uint8) for size in (columns, 96))
+        on_tiles.quantize(tokens, tiles.data_ptr(), q.data_ptr(), addressof(own))
+        on_tiles.linear(addressof(own), tokens, q.data_ptr(), None, levels.data_ptr(), addressof(following))
+        found.append(levels.view(len(tiles), 24, tile, 4).transpose(1, 2).reshape(-1, 96)[:tokens])
+    assert torch.equal(*found) and (tokens == 1 or found[0].unique().numel() > 50)
 
 
 @pytest.mark.parametrize("heads, hidden", [(3, 48), (2, 40), (1, 64), (4, 128)])
