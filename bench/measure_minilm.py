@@ -24,7 +24,7 @@ from formats.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PATTERNS = {"1x4": "0.8", "unstructured": "0.85"}
-PAPER = ["--kd-target", "all", "--lr", "5e-4", "--steps", "2000"]       # as long as the recipe's own upstream, or longer
+PAPER = ["--kd-target", "all", "--criterion", "magnitude", "--steps", "2000"]  # longer than the recipe's own upstream
 TEACHER_STEPS = "2000"
 
 
