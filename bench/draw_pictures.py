@@ -1,7 +1,8 @@
 """The pictures of README, as SVG for light and dark pages, from what is committed.
 
-    python -m bench.draw_pictures          writes docs/method.svg; from bench/speed.json docs/speed.svg; from
-                                           bench/exercises.json docs/masks.svg; from bench/size.json docs/bytes.svg
+    python -m bench.draw_pictures          writes docs/method.svg; from bench/speed.json docs/speed.svg, all of it, and
+                                           docs/latency.svg, a few; from bench/exercises.json docs/masks.svg; from
+                                           bench/size.json docs/bytes.svg
 """
 import json
 from pathlib import Path
@@ -29,6 +30,12 @@ ARROW = ('<defs><marker id="end" viewBox="0 0 8 8" refX="8" refY="4" markerWidth
          '<path d="M0 0L8 4L0 8z" fill="#808890"/></marker></defs>')
 BOX_WIDTH, BOX_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_WIDTH = 176, 62, 20, 250, 380           # pixels
 BYTES_WIDTH = 520
+# Of the contenders of bench/speed.json, those of the front page, and how it calls them.
+KNOWN = {"DeepSparse fp32, 1x4-0.8": "DeepSparse, fp32, 1x4 80 %", "OpenVINO int8": "OpenVINO, INT8",
+         "DeepSparse fp32, unstructured-0.9": "DeepSparse, fp32, unstructured 90 %",
+         "OpenVINO int8, unstructured 90 %": "OpenVINO, INT8, unstructured 90 %",
+         "ONNX Runtime dynamic int8": "ONNX Runtime, INT8", "torch eager bf16 (transformers)": "transformers, bf16",
+         "torch eager fp32 (transformers)": "transformers, fp32"}
 SQUARE = 5                                                                               # of a weight in a mask
 
 # The stages: place (x, y), what it is called, what it does, what it writes below out/PRESET/.
@@ -81,15 +88,14 @@ def draw_method():
     return svg(720, 265, parts)
 
 
-def draw_speed():
-    """Milliseconds of all contenders as bars, a panel per CPU and batch size, the slowest of each filling its width."""
-    parts, top, measured = [], 30, json.loads((ROOT / "bench" / "speed.json").read_text())
-    for cpu, row in [(cpu, row) for cpu, figures in measured.items() for row in figures["base"]["rows"]]:
-        title = f"{cpu}: BERT-Base, 128 tokens, batch {row['batch']}, 2 threads: milliseconds"
+def draw_bars(panels):
+    """{title: {name: value}} as bars, smallest first, the greatest of each panel filling its width."""
+    parts, top = [], 30
+    for title, values in panels.items():
         parts.append(text(10, top - 12, title, "bold"))
-        for name, value in sorted(row["ms"].items(), key=lambda pair: pair[1]):
-            width = max(1.0, BAR_WIDTH * value / max(row["ms"].values()))
-            kind = "ours" if name.startswith(("native", "tiles")) else "others"
+        for name, value in sorted(values.items(), key=lambda pair: pair[1]):
+            width = max(1.0, BAR_WIDTH * value / max(values.values()))
+            kind = "ours" if name.startswith(("native", "tiles", "ours")) else "others"
             parts += [text(BAR_LEFT - 8, top + 14, name, "small", "end"),
                       f'<rect x="{BAR_LEFT}" y="{top + 3}" width="{width:.1f}" height="{BAR_HEIGHT - 6}" '
                       f'class="{kind}"/>',
@@ -97,6 +103,30 @@ def draw_speed():
             top += BAR_HEIGHT
         top += 40
     return svg(720, top - 30, parts)
+
+
+def base_rows():
+    """Yields (CPU, batch size, {contender: milliseconds}) of BERT-Base, 128 tokens."""
+    for cpu, figures in json.loads((ROOT / "bench" / "speed.json").read_text()).items():
+        for row in figures["base"]["rows"]:
+            yield cpu, row["batch"], row["ms"]
+
+
+def draw_speed():
+    """Milliseconds of all contenders, a panel per CPU and batch size."""
+    return draw_bars({f"{cpu}: BERT-Base, 128 tokens, batch {batch}, 2 threads: milliseconds": times
+                      for cpu, batch, times in base_rows()})
+
+
+def draw_latency():
+    """Milliseconds of one row for those whom a reader knows, by the engine that `auto` takes, a panel per CPU."""
+    panels = {}
+    for cpu, batch, times in base_rows():
+        if batch == 1:
+            engine = "tiles" if "tiles, 1x4 80 %" in times else "native"
+            names = {f"{engine}, {zeros}": f"ours, {zeros}" for zeros in ("1x4 80 %", "unstructured 90 %")} | KNOWN
+            panels[f"{cpu}: milliseconds"] = {title: times[name] for name, title in names.items() if name in times}
+    return draw_bars(panels)
 
 
 def draw_masks():
@@ -155,7 +185,8 @@ def draw_bytes():
     return svg(720, top - 8, parts)
 
 
-PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed, "masks.svg": draw_masks, "bytes.svg": draw_bytes}
+PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed, "latency.svg": draw_latency,
+            "masks.svg": draw_masks, "bytes.svg": draw_bytes}
 
 
 if __name__ == "__main__":

@@ -236,6 +236,20 @@ def test_speeds_are_the_measured_ones():
     assert all(f"on an {cpu.split(', ')[0]} with {cpu.split(', ')[1]}" in " ".join(README.split()) for cpu in TABLES[0])
 
 
+def test_the_front_pages_speeds_are_the_measured_ones():
+    """Each contender's time by that of our 1x4 blocks, in the engine that `auto` takes: one row / 16 rows."""
+    rows = {title: [cell.strip() for cell in cells.split("|")] for title, cells in
+            re.findall(r"^\| ([^|]*) \| (.* / .*) \|$", FRONT, re.M)}
+    assert len(rows) == 4
+    for title, name in (("PyTorch (`transformers`, fp32)", "torch eager fp32 (transformers)"),
+                        ("ONNX Runtime, INT8", "ONNX Runtime dynamic int8"), ("OpenVINO, INT8", "OpenVINO int8"),
+                        ("DeepSparse, fp32, 1x4 80 %", "DeepSparse fp32, 1x4-0.8")):
+        for cell, cpu in zip(rows[title], ("AMD EPYC, AVX2", "AMD EPYC, AVX-512 VNNI", AMX), strict=True):
+            ratios = [times[name] / times["tiles, 1x4 80 %" if cpu == AMX else "native, 1x4 80 %"]
+                      for times in times_on(cpu).values() if name in times]
+            assert cell == (" / ".join(f"{ratio:.1f}" for ratio in ratios) or "not measured"), (title, cpu)
+
+
 def test_what_is_said_of_tile_registers_is_measured():
     """Batch 1 and 16 of 1x4 blocks against each contender, and rows of other lengths against the vectors."""
     text, times = " ".join(README.split()), times_on(AMX)
