@@ -11,6 +11,7 @@ import argparse
 import csv
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -119,6 +120,36 @@ def collect(jobs):
     return found
 
 
+WAYS = {"hidden": "pruned once, by hidden states", "paper": "pruned once, by the paper's recipe",
+        "gradual": "pruned while fine-tuning"}
+
+
+def table(runs):
+    """Lines of Markdown: the dense models, then each way of pruning and its INT8 models, in the first engine that they
+    were measured with; a column per task, its metric in percent, the mean over seeds; and the mean of a row that has
+    them all."""
+    tasks, rows = [task for task in TASKS if f"{task} dense" in runs], {}
+
+    def add(title, task, metrics):
+        rows.setdefault(title, {}).setdefault(task, []).append(100 * metrics[TASKS[task].metric])
+    for (way, words), pattern, task in itertools.product(WAYS.items(), PATTERNS, tasks):
+        title, start = f"{pattern} {float(PATTERNS[pattern]):.0%}, {words}", f"{task} {way} {pattern} seed "
+        for name in (name for name in runs if name.startswith(start)):
+            if not name.endswith("int8"):
+                add(title, task, runs[name]["metrics"])
+            elif runs[name]["engines"]:
+                add(f"{title}, INT8", task, next(iter(runs[name]["engines"].values()))["metrics"])
+    rows = {"dense": {task: [100 * runs[f"{task} dense"]["metrics"][TASKS[task].metric]] for task in tasks}, **rows}
+    lines = [f"| MiniLM-L6, dev sets | {' | '.join(TASKS[task].folder for task in tasks)} | mean |",
+             "|---" * (len(tasks) + 2) + "|"]
+    for title, row in rows.items():
+        means = [statistics.mean(row[task]) if task in row else None for task in tasks]
+        whole = [] if None in means else [statistics.mean(means)]
+        cells = ["" if mean is None else f"{mean:.1f}" for mean in (*means, *(whole or [None]))]
+        lines.append(f"| {title} | {' | '.join(cells)} |".replace("  ", " "))
+    return lines
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", required=True, help="the folder of MiniLM-L6")
@@ -162,7 +193,7 @@ def main(arguments=None):
         time.sleep(0.2)
         if not running and not any(set(job.needs) <= done for job in waiting):
             break
-    print(f"{len(done)} of {len(jobs)} runs; wrote {options.json}")
+    print("\n".join([*table(collect(jobs)), f"{len(done)} of {len(jobs)} runs; wrote {options.json}"]))
     if failed:
         sys.exit("\n".join(failed))
 
