@@ -128,6 +128,6 @@ RECIPES = {
         "quantize sst2": dict(batch_size=128, lr=1e-4),
         "quantize qqp": dict(batch_size=128, lr=1e-4),
         "quantize squad": dict(epochs=0.5, batch_size=48, max_len=384, lr=1e-4),
-        "quantize text": dict(epochs=None, kd_target="hidden", steps=200, batch_size=32, dropout=0.0, lr=1e-4),
+        "quantize text": dict(epochs=None, kd_target="hidden", steps=100, batch_size=32, dropout=0.0, lr=1e-4),
     },
 }

@@ -19,10 +19,12 @@ import prune
 import train
 from bench import benchmark, measure_sparsities, measure_spread, measure_tiny
 from data import text, tiny
+from data.tasks import TASKS
 from formats import model_directory, report
 
 # What a reader would put in the places of names; models that take minutes, or a network, as small ones.
 FILES = {"TEXT_DIR": "text", "TASKS_DIR": "world", "LINES.txt": "lines.txt", "MODEL_DIR": "minilm",
+         "CLASSIFIER_DIR": "classifier",
          "enwiki-latest-pages-articles.xml.bz2": "enwiki.xml.bz2", "google-bert/bert-base-uncased": "base",
          "Intel/bert-base-uncased-sparse-90-unstructured-pruneofa": "sparse"}
 LESS = {"train.py": ["--steps", "6", "--batch-size", "4", "--max-len", "64", "--threads", "1"],
@@ -63,14 +65,14 @@ def parts_of(line):
 
 
 def write_model(folder, config, tokenizer):
-    """A random model: 'encoder' has no heads, 'sparse' 90 % zeros."""
+    """A random model: 'encoder' has no heads, 'classifier' one for SST-2, 'sparse' 90 % zeros."""
     config = replace(config, vocab_size=text.vocabulary_rows(tokenizer))
-    model = network.build(config, "encoder" if folder.name == "encoder" else "pretraining")
+    model = network.build(config, {"encoder": "encoder", "classifier": "classification"}.get(folder.name, "pretraining"))
     for _, layer in network.linears(model):
         if layer.prunable and folder.name == "sparse":
             layer.mask = prune.magnitude_mask(layer.weight, 0.9, prune.parse_pattern("unstructured"))
     prune.burn_in(model)
-    model_directory.save(model, folder)
+    model_directory.save(model, folder, TASKS["sst2"].labels if folder.name == "classifier" else None)
     text.save_tokenizer(tokenizer, folder)
 
 
@@ -88,8 +90,8 @@ def newcomer(tmp_path, chain, monkeypatch):
     (tmp_path / "enwiki.xml.bz2").write_bytes(bz2.compress(dump(articles).encode()))
     for preset, layers in (("minilm-l6", 1), ("bert-base", 2), ("bert-large", 4)):
         monkeypatch.setitem(network.PRESETS, preset, replace(network.PRESETS["tiny"], num_hidden_layers=layers))
-    for folder, preset in (("minilm", "minilm-l6"), ("encoder", "minilm-l6"), ("base", "bert-base"),
-                           ("sparse", "bert-base")):
+    for folder, preset in (("minilm", "minilm-l6"), ("encoder", "minilm-l6"), ("classifier", "minilm-l6"),
+                           ("base", "bert-base"), ("sparse", "bert-base")):
         write_model(tmp_path / folder, network.PRESETS[preset], train.tokenizer_of(chain / "pretrain"))
 
     started = subprocess.run
