@@ -26,7 +26,7 @@ import quant
 from data import shards, tasks, text
 from data.batches import batches_ahead, dropout_seed
 from data.calibrate import cut
-from data.encode import check_pairs, tokenizer_of
+from data.encode import check_pairs, longest_row, tokenizer_of
 from data.evaluate import autocast, evaluate, run_evaluate
 from data.recipes import RECIPES
 from data.settings import (LEAST_SPARSITY, check_ahead, check_blocks, check_device, check_length, check_numbers,
@@ -41,7 +41,7 @@ from formats.int8 import write_int8
 from formats.machine import cores, default_activation_bits, has_bf16, keep_freed_memory
 from formats.patterns import pattern_of
 from formats.processes import (add_gradients, demand_agreement, join_processes, leave_processes, processes,
-                               started_together, summed)
+                               started_together, summed, wait_for_the_first)
 from formats.report import (engine_report, format_kinds, format_metrics, format_report, format_table, table_line,
                             wrapped_settings)
 from model import InputError
@@ -243,6 +243,7 @@ def run_stage(s):
     torch.manual_seed(s.seed)
     notes = []
     model, tokenizer, data = build_model_and_data(s, init, notes.append)
+    longest = longest_row(init, model.config)
     teacher = load_teacher(s, teacher_directory, model, data, notes.append)
     prepare_layers(s, model, notes.append)
     if init and prune.measured_sparsity(model) >= LEAST_SPARSITY:
@@ -267,7 +268,7 @@ def run_stage(s):
         seconds = train(s, model.to(s.device), teacher, data, decided, log, out, state)
         leave_processes()                                 # the rest is for one
         if log.directory:
-            finish_stage(s, model, teacher, tokenizer, data, log, seconds)
+            finish_stage(s, model, teacher, tokenizer, data, log, seconds, longest)
     finally:
         log.close()
     return out
@@ -386,6 +387,7 @@ def train(s, model, teacher, data, decided, log, out, state):
                 run.save_checkpoint(out, decided, model, optimizer, step + 1, progress.seconds())
                 progress.note_save()
             if stop:
+                wait_for_the_first()
                 progress.bar.close()
                 log.say(f"stopped after step {step + 1} of {s.steps}; go on with the same command and --resume")
                 sys.exit(130)
@@ -404,8 +406,9 @@ def look_at_ranges(s, model, teacher, batches):
 # ---------------------------------------------------------------------------------------------------------------------
 # After the loop
 
-def finish_stage(s, model, teacher, tokenizer, data, log, seconds):
-    """Burn the zeros in, recount them, evaluate, and write the model directory; metrics.json comes last."""
+def finish_stage(s, model, teacher, tokenizer, data, log, seconds, longest):
+    """Burn the zeros in, recount them, evaluate, and write the model directory; metrics.json comes last. longest: row
+    of tokens that the tokenizer is to keep."""
     out = directory_of(s, row_of(s))
     prune.burn_in(model)
     metrics, layers, sparsity = evaluate(s, model, data, teacher), prune.report(model), prune.measured_sparsity(model)
@@ -416,7 +419,7 @@ def finish_stage(s, model, teacher, tokenizer, data, log, seconds):
         compression.update(activation_bits=s.activation_bits, weight_scales=s.weight_scales)
     model.to("cpu")
     model_directory.save(model, out, data.labels if model.kind == "classification" else None, compression)
-    text.save_tokenizer(tokenizer, out)
+    text.save_tokenizer(tokenizer, out, longest)
     if s.stage == "quantize":
         write_int8(model, out)
     if s.mask != "dense":
@@ -486,7 +489,8 @@ def main(arguments=None):
     try:
         start(typed)
     except Exception as error:
-        reason = str(error) if isinstance(error, InputError) else run.reason_of(error)
+        ended = {"then": ""} if typed.get("stage") == "evaluate" else {}
+        reason = str(error) if isinstance(error, InputError) else run.reason_of(error, **ended)
         if reason is None:
             raise
         print(f"train.py: {reason}", file=sys.stderr)

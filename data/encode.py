@@ -12,6 +12,7 @@ from formats.config import compression_of, read_config
 from formats.files import write_file
 from formats.heads import class_names, class_order, probabilities
 from formats.model_directory import kind_of
+from formats.sentence import sentence_of_encoder
 from model import PRESETS, InputError
 
 ROWS_AT_ONCE = 32       # of what a person types, in a forward pass
@@ -25,6 +26,13 @@ def tokenizer_of(directory):
         raise InputError(f"{directory}: the tokenizer has {vocabulary_rows(tokenizer)} ids and the model "
                          f"{config.vocab_size}; they do not belong together")
     return tokenizer
+
+
+def longest_row(directory, config):
+    """How many tokens of a row the tokenizer of a directory keeps where it is asked to truncate; where it does not say,
+    or there is none (None), as many as the model has positions."""
+    said = sentence_of_encoder(directory).max_length if directory else None
+    return min(said or config.max_position_embeddings, config.max_position_embeddings)
 
 
 def encoder_for(directory, kind, max_len, task=None, folder=None, split="dev", tokenizer=None):

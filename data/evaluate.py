@@ -12,6 +12,7 @@ from formats.config import compression_of, rounding_of
 from formats.hub import locate
 from formats.model_directory import kind_of
 from formats.report import format_kinds, format_metrics
+from model import InputError
 
 VALIDATION_ROWS = 3200     # of the held-out text that are looked at, at most
 
@@ -47,7 +48,11 @@ def run_evaluate(s):
     torch.set_num_threads(s.threads)
     init = locate(s.init)
     (kind, config, _), compression = kind_of(init), compression_of(init)
-    if kind == "pretraining" and not s.task:
+    on_text = kind == "pretraining" and not s.task
+    if s.data if on_text else s.corpus != "tiny":
+        raise InputError(f"{s.init} is evaluated on " + ("text, and makes no use of --data; give --corpus TEXT" if on_text
+                                                         else "a task, and makes no use of --corpus; give --data FOLDER"))
+    if on_text:
         length = s.max_len or compression.get("max_len") or min(128, config.max_position_embeddings)
         check_length(length, config)
         data = pretraining_data(s, tokenizer_of(init), length, config)

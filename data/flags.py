@@ -31,7 +31,8 @@ def parse(arguments, description, engines):
     parser.add_argument("--engine", choices=engines, default="auto")
     parser.add_argument("--threads", type=thread_count, help="default: torch's own choice")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--max-len", type=positive_int, help="tokens of a row; default: as trained, or all the model takes")
+    parser.add_argument("--max-len", type=positive_int, help="tokens of a row; default: as trained, "
+                        "else the task's 128 or 384, else all the model takes; with --benchmark 128")
     parser.add_argument("--text-pair", action="append", default=[], help="tasks on pairs: the second text, per --text")
     parser.add_argument("--context", action="append", default=[], help="questions: the passage, once or per --text")
     parser.add_argument("--to", metavar="FILE", help="with --embed: a .npy, or .jsonl as on standard output by default")
@@ -85,7 +86,7 @@ def in_one_sentence():
         sys.exit(130)
     except Exception as error:
         reason = str(error) if isinstance(error, InputError) else reason_of(
-            error, "--batch-size or --max-len", then="")
+            error, "--max-len, or with --benchmark a smaller --batch-size", then="")
         if reason is None:
             raise
         print(f"infer_cpu.py: {reason}", file=sys.stderr)

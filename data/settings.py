@@ -24,8 +24,8 @@ from model import PRESETS, InputError
 
 LEAST_SPARSITY = 0.01      # a model with fewer zeros than that is dense: some weights of any model are rounded to zero
 
-EVALUATED = {"stage", "preset", "init", "task", "data", "corpus", "max_len", "batch_size", "micro_batch", "seed",
-             "threads", "device"}                                            # what --stage evaluate may be given
+EVALUATED = {"stage", "preset", "init", "task", "data", "corpus", "max_len", "batch_size", "micro_batch", "threads",
+             "device"}                                                       # what --stage evaluate may be given
 
 # May differ when a run is resumed: none of these changes what is computed, but for the rounding of sums. --micro-batch
 # does where there is dropout, whose random numbers are drawn per forward pass: see `deciding`.
@@ -235,8 +235,10 @@ def check_stage(s, allowed_masks, typed):
         raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
                          f"--stage prune")
     upstream = s.stage in ("pretrain", "prune") or not s.task
-    if s.recipe and (s.corpus == "tiny" if upstream else not s.data):
-        raise InputError(f"--recipe {s.recipe} is for real text, and the default is the bundled tiny world; give "
+    real = s.stage != "evaluate" and s.preset != "tiny" and s.init not in ("", "random")
+    if (s.recipe or real) and (s.corpus == "tiny" if upstream else not s.data):
+        raise InputError((f"--recipe {s.recipe}" if s.recipe else f"a {s.preset} such as {s.init}") + " is for real "
+                         "text, and the default is the bundled tiny world; give "
                          + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
     if s.criterion == "reconstruction" and s.stage == "finetune" and s.mask == "gradual":
         raise InputError("--criterion reconstruction looks at the text of --corpus, in --stage prune; leave it out with "

@@ -169,7 +169,7 @@ def _records(lines: list[str], width: int) -> Iterator[tuple[int, list[str]]]:
         number += 1
         while len(fields) < width and number < len(lines):
             following = lines[number].split("\t")
-            if len(following) >= width:
+            if len(fields) + len(following) - 1 > width:            # two rows, each cut short, or the next one
                 break
             fields = [*fields[:-1], f"{fields[-1]} {following[0]}", *following[1:]]
             number += 1
@@ -268,7 +268,7 @@ class TaskData:
 
     def __init__(self, task: str | Task, folder: str | Path, tokenizer: Tokenizer, max_length: int, seed: int = 0,
                  stride: int | None = None, splits: tuple[str, ...] = ("train", "dev")):
-        if task not in TASKS.values() and task not in TASKS:
+        if not isinstance(task, Task) and task not in TASKS:
             raise DataError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}")
         self.task = task if isinstance(task, Task) else TASKS[task]
         self.kind, self.labels, self.pairs = self.task.kind, self.task.labels, self.task.pairs
@@ -442,7 +442,7 @@ class TaskData:
             expected = [self.labels[row["label"]] for row in rows]
             suffix = name.removeprefix("dev") if number else ""
             metrics["accuracy" + suffix] = accuracy(predictions[name], expected)
-            if self.task.name == "qqp":
+            if self.task.name == "qqp" or self.task.metric == "f1":
                 metrics["f1" + suffix] = binary_f1(predictions[name], expected, positive=self.labels[1])
         return metrics, predictions
 

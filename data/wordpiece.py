@@ -6,7 +6,6 @@ more than tokenizer.json, and every file that adds tokens is read. What cannot b
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data import DataError, read_text
+from formats.files import write_file
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer")         # with or without Fast behind them
@@ -261,11 +261,9 @@ def _added(entry: dict) -> AddedToken:
 
 # ---------------------------------------------------------------- writing
 
-def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Write vocab.txt, tokenizer.json and tokenizer_config.json, which transformers' BertTokenizer reads too.
-
-    Each file is written under a temporary name and then renamed, so that none is ever half there.
-    """
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, longest: int | None = None) -> None:
+    """Write vocab.txt, tokenizer.json and tokenizer_config.json, which transformers' BertTokenizer reads too, each whole
+    or not at all. longest: how many tokens of a row it is to keep where it is asked to truncate."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     content = json.loads(tokenizer.to_str())
@@ -276,16 +274,12 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
               "do_lower_case": normalizer.get("lowercase", True),
               "strip_accents": normalizer.get("strip_accents"),
               "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
-              **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}}
+              **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
+              **({"model_max_length": longest} if longest else {})}
     lines = [tokens.get(number, f"[unused id {number}]") for number in range(max(tokens) + 1)]
     config["added_tokens_decoder"] = {str(token.pop("id")): token for token in content["added_tokens"]}
     files = {"vocab.txt": "".join(line + "\n" for line in lines),
              "tokenizer.json": tokenizer.to_str(),
              "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
     for name, content in files.items():
-        temporary = directory / f".{name}.tmp"
-        try:
-            temporary.write_text(content, encoding="utf-8", newline="\n")
-            os.replace(temporary, directory / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(directory / name, content)

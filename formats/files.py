@@ -20,7 +20,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/"
 def whole_file(path):
     """A binary file to write to, which stands under `path` only once the block is through and the bytes are on the
     disk: a reader finds the old file or the new one, never half of it. InputError where that cannot be written."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))                     # through a link to what it names
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -119,6 +119,16 @@ def make_folder(path):
 
 
 def check_place(flag, path):
-    """InputError unless a file can stand at `path`, which a flag named; an empty path is none."""
-    if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+    """InputError unless a file can be written to `path`, which a flag named; an empty path is none."""
+    if not path:
+        return
+    place = Path(path).absolute()
+    if place.is_dir() or not place.resolve().parent.is_dir():
         raise InputError(f"{flag} {path} is a folder, or in a folder that is not there; give a file name")
+    if place.parts[1] in ("dev", "proc") or place.exists() and not place.is_file():
+        raise InputError(f"{flag} {path} is no file that could be replaced as a whole; give another file name")
+    try:
+        with tempfile.TemporaryFile(dir=place.resolve().parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror}; give a file in a folder that can be written to") from None

@@ -16,7 +16,8 @@ def fits(mask, pattern):
     if mask.shape[0] % pattern.rows or mask.shape[1] % (pattern.group or pattern.columns):
         return False
     if pattern.group:
-        return bool((prune.tiles(mask, pattern).sum(3) == pattern.keep).all())
+        kept = prune.tiles(mask, pattern).sum(3)
+        return bool((kept <= pattern.keep).all()) and int(kept.sum()) >= 0.999 * kept.numel() * pattern.keep
     alive, dead = whole_blocks(mask, pattern)
     size, kept = pattern.rows * pattern.columns, int(mask.sum())
     return size * alive >= 0.999 * kept and size * dead >= 0.999 * (mask.numel() - kept)

@@ -68,6 +68,12 @@ def leave_processes():
     dist.destroy_process_group()
 
 
+def wait_for_the_first():
+    """Before all end: the first process may still be writing a checkpoint."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def demand_agreement(facts):
     """InputError unless every process found the same: another file, CPU or checkpoint would train another model.
     facts: dict of what is to be the same."""

@@ -324,8 +324,9 @@ def interrupts():
 def demand_finite(loss, norm, step, rate, out):
     """InputError once a step's loss or the norm of its gradient is no number. rate: the peak learning rate."""
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise InputError(f"the loss became {loss} and its gradient {norm} at step {step}; the last checkpoint is kept "
-                         f"in {out}; try a lower --lr than {rate:g}")
+        kept = f"; the last checkpoint is kept in {out}" if checkpoints(out) else ""
+        raise InputError(f"the loss became {loss} and its gradient {norm} at step {step}{kept}; try a lower --lr than "
+                         f"{rate:g}")
 
 
 def first_line(error):

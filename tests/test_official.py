@@ -86,14 +86,15 @@ def test_qqp_lines_that_are_broken_are_joined_or_left_out_and_counted(tmp_path, 
     head = HEADERS["qqp"]["dev.tsv"].replace(" ", "\t")
     good = "{}\t1\t2\tWhy {}?\tHow {}?\t{}"
     lines = [head, good.format(0, "a", "b", 1), '1\t1\t2\t"Was he real?', '"\tIs there proof?\t0',
-             good.format(2, "c", "d", 0), "3\t1\t2\tWhat is this?\tcut", good.format(4, "e", "f", 1), "5\t1\t2"]
+             good.format(2, "c", "d", 0), "3\t1\t2\tWhat is this?\tcut", good.format(4, "e", "f", 1), "5\t1\t2\tOne?",
+             "6\t1\t2\tTwo?"]                                              # two that are cut are no row together
     (tmp_path / "QQP").mkdir()
     (tmp_path / "QQP" / "dev.tsv").write_text("\n".join(lines) + "\n")
     assert read_table(tmp_path / "QQP" / "dev.tsv", TASKS["qqp"]) == (
         [["Why a?", '"Was he real? "', "Why c?", "Why e?"], ["How b?", "Is there proof?", "How d?", "How f?"]],
-        [1, 0, 0, 1], [3, 5])
+        [1, 0, 0, 1], [3, 5, 6])
     data = TaskData("qqp", tmp_path, tokenizer, 32, splits=("dev",))
-    assert data.notes() == ["dev: left out 2 rows that are cut short"]
+    assert data.notes() == ["dev: left out 3 rows that are cut short"]
     written = data.prediction_files({"dev": ["1", "0", "0", "1"]})
     assert written == {"QQP.tsv": "index\tprediction\n0\t1\n1\t0\n2\t0\n4\t1\n"}
 

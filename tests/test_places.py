@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from conftest import DIRECTORIES, ROOT, SHORT, commands, exit_code, fails, save_every, start
 from test_elsewhere import foreign, pack
 
@@ -19,6 +20,7 @@ import model as network
 import quant
 import train
 from data import settings
+from data.encode import longest_row
 from formats import files, model_directory, run
 from formats.machine import survive_fork
 from formats.safetensors import read_safetensors
@@ -445,3 +447,74 @@ def test_the_chain_goes_on_with_another_pattern_and_keeps_its_teachers(world, tm
     assert capsys.readouterr().out.count("kept as it is") == 2
     assert kept == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in kept}
     assert (tmp_path / "sst2/int8-1x4-0.8/metrics.json").is_file()
+
+
+# ---------------------------------------------------------------- places that are no files; settings nobody looks at
+
+def test_a_device_is_refused_and_a_link_is_written_through(chain, tmp_path, capsys):
+    assert "/dev/null is no file" in exit_words(capsys, chain, "--json", "/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no file" in exit_words(capsys, chain, "--json", str(tmp_path / "pipe"))
+    assert "is a folder" in exit_words(capsys, chain, "--json", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "found.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "found.json")
+    files.write_json(tmp_path / "link.json", {"new": 1})
+    assert (tmp_path / "link.json").is_symlink() and "new" in (tmp_path / "there" / "found.json").read_text()
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser writes everywhere")
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(network.InputError, match="can be written to"):
+        files.check_place("--json", tmp_path / "found.json")
+
+
+def exit_words(capsys, chain, *arguments):
+    with pytest.raises(SystemExit) as end:
+        infer_cpu.main([str(chain / DIRECTORIES["quantize"]), "--evaluate", *arguments])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_real_model_is_not_trained_on_the_tiny_world(chain, tmp_path, capsys):
+    folder = tmp_path / "real"
+    shutil.copytree(chain / "pretrain", folder)
+    config = json.loads((folder / "config.json").read_text())
+    sizes = vars(network.PRESETS["minilm-l6"])
+    (folder / "config.json").write_text(json.dumps({**config, **{name: sizes[name] for name in (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}}))
+    for stage, flag in ((["finetune", "--task", "sst2", "--sparsity", "0"], "--data FOLDER"),
+                        (["quantize", "--task", "sst2", "--teacher", "none"], "--data FOLDER"),
+                        (["pretrain"], "--corpus TEXT"), (["prune", "--teacher", str(folder)], "--corpus TEXT")):
+        words = fails(capsys, "--stage", *stage, "--init", str(folder), "--out", str(tmp_path / "out"))
+        assert flag in words and "tiny world" in words and "minilm-l6" in words
+
+
+def test_what_evaluate_does_not_look_at_is_refused(chain, world, capsys):
+    for name, words, *flags in (("pretrain", "give --corpus", "--data", str(world)),
+                                ("teacher", "give --data", "--corpus", str(world / "corpus.txt")),
+                                ("teacher", "no use of --seed", "--seed", "3")):
+        assert words in fails(capsys, "--stage", "evaluate", "--init", str(chain / DIRECTORIES[name]), *flags)
+
+
+def test_a_checkpoint_is_promised_only_where_there_is_one(tmp_path):
+    with pytest.raises(network.InputError, match="at step 3; try a lower"):
+        run.demand_finite(float("nan"), 1.0, 3, 0.1, tmp_path)
+    (tmp_path / "train-000000002.pt").touch()
+    with pytest.raises(network.InputError, match="at step 3; the last checkpoint is kept"):
+        run.demand_finite(float("nan"), 1.0, 3, 0.1, tmp_path)
+
+
+def test_the_tokenizer_says_how_long_a_row_may_be(chain, tmp_path):
+    """As many tokens as there are positions, or fewer where the model that it came from said so."""
+    def said(folder):
+        return json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"]
+    positions = network.PRESETS["tiny"].max_position_embeddings
+    assert said(chain / "pretrain") == said(chain / DIRECTORIES["teacher"]) == positions
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chain / DIRECTORIES["quantize"])
+    assert len(tokenizer("a " * 1000, truncation=True)["input_ids"]) == positions
+    for length, expected in ((100, 100), (10 ** 30, positions), (None, positions)):
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps({} if length is None else {"model_max_length": length}))
+        assert longest_row(tmp_path, network.PRESETS["tiny"]) == expected

@@ -271,6 +271,11 @@ def test_dense_layers_say_nothing_and_mixed_ones_are_unstructured():
     assert find_pattern([odd, across]) == Pattern()                   # 4 does not divide it
     assert find_pattern([magnitude_mask(torch.randn(8, 8), 0.25, Pattern(keep=3, group=4))],
                         [Pattern(keep=2, group=4)]) == Pattern()
+    rounded = magnitude_mask(torch.randn(64, 64), 0.5, Pattern(keep=2, group=4))        # a weight became 0 in 16 bits
+    rounded[rounded.nonzero()[0].unbind()] = False
+    assert find_pattern([rounded], [Pattern(keep=2, group=4)]) == Pattern(keep=2, group=4)
+    rounded[0, :4] = True                                             # and none may have too many
+    assert find_pattern([rounded], [Pattern(keep=2, group=4)]) == Pattern()
     for sparsity in (0.0002, 0.002, 0.99, 0.9998):                    # nearly all blocks are whole, by chance
         assert find_pattern([magnitude_mask(torch.randn(400, 400), sparsity)]) == Pattern()
 

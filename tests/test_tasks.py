@@ -1,6 +1,7 @@
 """The five tasks in their published file formats: reading, batches, evaluation, metrics."""
 
 import collections
+import dataclasses
 import gzip
 import json
 import random
@@ -387,3 +388,12 @@ def test_best_span_against_trying_all(tokenizer):
         starts, ends = np.zeros((len(windows), 48)), np.zeros((len(windows), 48))
         starts[0, windows[0]["context_begin"]], ends[0, windows[0]["context_begin"] + last] = 5, 4
         assert len(best_span(windows, starts, ends)[0].split()) == expected
+
+
+def test_a_task_of_ones_own_whose_metric_is_f1(tmp_path, tokenizer):  # noqa: F811
+    """It need not stand in TASKS, and is measured by what it quotes."""
+    task = dataclasses.replace(TASKS["qqp"], name="own", metric="f1")
+    data = TaskData(task, write_glue(tmp_path, "qqp"), tokenizer, 32)
+    metrics, _ = data.evaluate(lambda batch: torch.tensor([[0.0, 1.0]]).expand(len(batch["input_ids"]), 2))
+    share = metrics["accuracy"]
+    assert metrics["f1"] == pytest.approx(2 * share / (1 + share))
