@@ -169,7 +169,7 @@ def _records(lines: list[str], width: int) -> Iterator[tuple[int, list[str]]]:
         number += 1
         while len(fields) < width and number < len(lines):
             following = lines[number].split("\t")
-            if len(fields) + len(following) - 1 > width:            # two rows, each cut short, or the next one
+            if len(following) >= width or len(fields) + len(following) - 1 > width:     # the next row, whole or cut short
                 break
             fields = [*fields[:-1], f"{fields[-1]} {following[0]}", *following[1:]]
             number += 1
