@@ -27,13 +27,14 @@ def denominators(batches):
             "masked": sum(int((batch["labels"] != -100).sum()) for batch in batches if "labels" in batch)}
 
 
-def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_target="all"):
+def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_target="all", kd_hidden=0.0):
     """One micro-batch through student and teacher.
 
     student     one of the models of model.py; its `kind` says which loss
     teacher     a frozen model of the same kind in eval mode, or None: labels only
     batch       dict of int64 tensors as data.collate makes it
     count       what `denominators` returned for the whole optimizer step
+    kd_hidden   of a task: L_kd has hidden_error so many times as one more term (arXiv 2310.06927, equation 2)
     Returns (loss, parts): a scalar to call backward on, and its terms as floats, each a share of the step's mean.
     """
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
@@ -41,25 +42,35 @@ def loss(student, teacher, batch, count, temperature=2.0, kd_weight=0.5, kd_targ
         return hidden_loss(student, teacher, inputs, count)
     if student.kind == "pretraining":
         return pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_weight, kd_target)
-    logits = student(*inputs)
-    with torch.no_grad():
-        teacher_logits = teacher(*inputs) if teacher else None
+    soft = {}
+    if teacher and kd_hidden:
+        error, ours, theirs = hidden_error(student, teacher, inputs, count)
+        logits, teacher_logits, soft["hidden"] = student.head(ours), teacher.head(theirs), kd_hidden * error
+    else:
+        logits = student(*inputs)
+        with torch.no_grad():
+            teacher_logits = teacher(*inputs) if teacher else None
     if student.kind == "classification":
         hard = F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
         kd = soft_loss(logits, teacher_logits, temperature) if teacher else None
     else:
         hard, kd = span_loss(logits, teacher_logits, batch, temperature)
-    return combine({"hard": hard / count["rows"]}, {"kd": kd / count["rows"]} if teacher else {}, kd_weight)
+    return combine({"hard": hard / count["rows"]}, {**soft, "kd": kd / count["rows"]} if teacher else {}, kd_weight)
+
+
+def hidden_error(student, teacher, inputs, count):
+    """The sum over layers of the mean over real tokens of ||h_student - h_teacher||^2 / ||h_teacher||^2 (arXiv
+    1909.10351, equation 8, and 2310.06927, equation 1), and the last states of both, (B, T, H)."""
+    real, error = inputs[1].bool(), 0.0
+    for ours, theirs in zip(student.encoder.states(*inputs), teacher.encoder.states(*inputs), strict=True):
+        error = error + (relative_error(ours, theirs) * real).sum() / count["tokens"]
+    return error, ours, theirs
 
 
 def hidden_loss(student, teacher, inputs, count):
-    """L = sum over layers of the mean over real tokens of ||h_student - h_teacher||^2 / ||h_teacher||^2, the pooled
-    first token and, of a sentence encoder, the text's vector counting as one layer more each: neither labels nor the
-    vocabulary (arXiv 1909.10351, equation 8; divided by the teacher's size so that each layer counts alike, arXiv
-    2310.06927, equation 1)."""
-    real, hidden = inputs[1].bool(), 0.0
-    for ours, theirs in zip(student.encoder.states(*inputs), teacher.encoder.states(*inputs), strict=True):
-        hidden = hidden + (relative_error(ours, theirs) * real).sum() / count["tokens"]
+    """L = hidden_error, the pooled first token and, of a sentence encoder, the text's vector counting as one layer more
+    each: neither labels nor the vocabulary."""
+    hidden, ours, theirs = hidden_error(student, teacher, inputs, count)
     terms, pairs = {"hidden": hidden}, {}
     if student.encoder.pooler is not None and teacher.encoder.pooler is not None:       # DistilBERT has none
         pairs["pooled"] = student.encoder.pooled(ours), teacher.encoder.pooled(theirs)
@@ -117,10 +128,8 @@ def pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_wei
     everywhere = teacher is not None and kd_target == "all"
     positions = batch["attention_mask"].bool() if everywhere else masked
     features, next_sentence = student(*inputs, positions)
-    teacher_features = None
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_features, teacher_next_sentence = teacher(*inputs, positions)
+    with torch.no_grad():
+        teacher_features, teacher_next_sentence = teacher(*inputs, positions) if teacher else (None, None)
     masked_count = max(1, count["masked"])                  # where there is no word to predict, the term is 0
     kd_count = count["tokens"] if everywhere else masked_count
     total, mlm, kd = vocabulary_loss(student, teacher, features, teacher_features, batch["labels"][positions],
@@ -129,9 +138,8 @@ def pretraining_loss(student, teacher, inputs, batch, count, temperature, kd_wei
     parts = {"mlm": mlm / masked_count, **({"kd": kd / kd_count} if teacher else {})}
     if next_sentence is not None:
         hard = F.cross_entropy(next_sentence.float(), batch["next_sentence_label"], reduction="sum") / count["rows"]
-        soft = {}
-        if teacher is not None and teacher_next_sentence is not None:       # DistilBERT has none
-            soft = {"kd_nsp": soft_loss(next_sentence, teacher_next_sentence, temperature) / count["rows"]}
+        soft = {} if teacher_next_sentence is None else {                   # DistilBERT has none
+            "kd_nsp": soft_loss(next_sentence, teacher_next_sentence, temperature) / count["rows"]}
         sentence_total, sentence_parts = combine({"nsp": hard}, soft, kd_weight)
         total, parts = total + sentence_total, {**parts, **sentence_parts}
     return total, parts
@@ -172,8 +180,7 @@ class VocabularyLoss(torch.autograd.Function):
                 hard_value, kd_value, gradient = rows_loss(
                     logits[part], None if taught is None else taught_logits[part], labels[rows][part], hard_scale,
                     kd_scale, temperature)
-                hard += hard_value
-                kd += kd_value
+                hard, kd = hard + hard_value, kd + kd_value
                 if wants_grad:
                     gradients[2] += gradient.sum(0)
                     logits[part] = gradient
@@ -195,10 +202,8 @@ def rows_loss(logits, taught, labels, hard_scale, kd_scale, temperature):
     logits = logits.float()
     labelled = (labels != -100).nonzero()[:, 0]
     hard, hard_gradient = cross_entropy_and_gradient(logits[labelled], labels[labelled])
-    if taught is None:
-        kd, gradient = 0.0, torch.zeros_like(logits)
-    else:
-        kd, gradient = divergence_and_gradient(logits, taught.float(), temperature)
+    kd, gradient = (0.0, torch.zeros_like(logits)) if taught is None else divergence_and_gradient(
+        logits, taught.float(), temperature)
     return hard, kd, gradient.mul_(kd_scale).index_add_(0, labelled, hard_gradient, alpha=hard_scale)
 
 
@@ -206,8 +211,7 @@ def product_inputs(features, weight, bias):
     """features (N, H) and a decoder (V, H), (V,) in the type that products are taken in, V made a multiple of 16 by
     word pieces of probability 0: where a row of logits begins in the middle of a cache line, as with BERT's 30,522,
     float32 products take 1.4 times as long."""
-    dtype = product_type(features)
-    missing = -len(bias) % 16
+    dtype, missing = product_type(features), -len(bias) % 16
     weight, bias = F.pad(weight.to(dtype), (0, 0, 0, missing)), F.pad(bias.to(dtype), (0, missing), value=-1e9)
     return features.to(dtype), weight, bias
 

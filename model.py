@@ -257,7 +257,10 @@ class ClassificationModel(nn.Module):
         self.classifier = Linear(config.hidden_size, num_labels, prunable=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids)                        # (B, T, H)
+        return self.head(self.encoder(input_ids, attention_mask, token_type_ids))               # (B, C)
+
+    def head(self, hidden):
+        """Of the encoder's last states (B, T, H)."""
         if self.pre_classifier is None:
             summary = self.encoder.pooled(hidden)                                               # (B, H)
         else:
@@ -277,7 +280,11 @@ class SpanModel(nn.Module):
         self.span = Linear(config.hidden_size, 2, prunable=False)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        logits = self.span(self.dropout(self.encoder(input_ids, attention_mask, token_type_ids)))  # (B, T, 2)
+        return self.head(self.encoder(input_ids, attention_mask, token_type_ids))               # (B, T) each
+
+    def head(self, hidden):
+        """Of the encoder's last states (B, T, H)."""
+        logits = self.span(self.dropout(hidden))                                                # (B, T, 2)
         return logits[..., 0], logits[..., 1]                                                   # (B, T) each
 
 

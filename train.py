@@ -30,8 +30,9 @@ from data.encode import check_pairs, longest_row, tokenizer_of
 from data.evaluate import autocast, evaluate, run_evaluate
 from data.recipes import RECIPES
 from data.settings import (LEAST_SPARSITY, check_ahead, check_blocks, check_device, check_length, check_numbers,
-                           check_stage, check_teacher, corpus_path, data_folder, deciding, follow_zeros, free_zeros,
-                           preset_for, pretraining_data, ramp_of, recipe_for, start_vocabulary)
+                           check_stage, check_teacher, command_of, corpus_path, data_folder, deciding, directory_of,
+                           follow_zeros, free_zeros, preset_for, pretraining_data, ramp_of, recipe_for,
+                           start_vocabulary)
 from formats import model_directory, page, run
 from formats.command import Parser, add_settings, show_any_letter
 from formats.config import read_config
@@ -79,6 +80,7 @@ class Settings:
     temperature: float = 2.0          # of the distillation's softmax
     kd_weight: float = 0.5            # share of the loss that comes from the teacher, 0 to 1
     kd_target: str = "all"            # of pre-training: the vocabulary at all or at masked tokens, or hidden states
+    kd_hidden: float = 0.0            # of a task: how many times the error of hidden states counts beside the logits'
     # quantization
     activation_bits: int | None = None  # 7 or 8; default: 7 where this CPU's INT8 product would saturate, else 8
     weight_scales: str = "row"        # INT8 scales of weights: row (one per output) or tensor (the paper's reference)
@@ -185,23 +187,6 @@ def allowed_masks(s):
     return [*dict.fromkeys(row.mask for row in rows)] or [""]
 
 
-def directory_of(s, row):
-    """The directory that a row of STAGES writes under these settings."""
-    zeros = f"{s.pattern.replace(':', 'of')}-{s.sparsity:g}"
-    return Path(s.out) / row.writes.format(zeros=zeros, task=s.task,
-                                           teacher="random" if s.init == "random" else "teacher")
-
-
-def command_of(s, row):
-    """What to type for a row of STAGES."""
-    task = f" --task {s.task}" if row.data == "task" else ""
-    zeros = f" --pattern {s.pattern} --sparsity {s.sparsity:g}"
-    if row.mask == "dense":
-        zeros = " --sparsity 0" * bool(task) + " --init random" * (s.init == "random" and row.stage != "quantize")
-    return (f"python train.py --stage {row.stage}{task}{zeros} " + (f"--recipe {s.recipe} " if s.recipe else "")
-            + f"--preset {s.preset} --out {s.out}")
-
-
 def parents_of(s):
     """(directory to start from or None, directory of the teacher or None). A missing parent names its command."""
     def parent(name, given, flag):
@@ -303,7 +288,7 @@ def load_teacher(s, directory, model, data, say):
     """The model to distil from, frozen; None without a directory."""
     if directory is None:
         return None
-    check_teacher(directory, model, data, say)
+    check_teacher(s, directory, model, data, say)
     teacher = model_directory.load(directory, model.kind, say=say, task=getattr(data, "task", None))
     if model.kind == "encoder" and model.encoder.pooler is not None and teacher.encoder.pooler is None:
         raise InputError(f"the teacher {directory} has no pooler, and the student has one, which nothing would teach; "
@@ -364,7 +349,7 @@ def train(s, model, teacher, data, decided, log, out, state):
                 torch.manual_seed(dropout_seed(s, step, number))
                 with autocast(s):
                     loss, parts = distill.loss(model, teacher, batch, denominators, s.temperature, s.kd_weight,
-                                               s.kd_target)
+                                               s.kd_target, s.kd_hidden)
                 loss.backward()
                 total += float(loss.detach())
                 terms = {name: terms.get(name, 0.0) + value for name, value in parts.items()}

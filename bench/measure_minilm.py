@@ -1,5 +1,6 @@
 """The evidence for MiniLM-L6 on real text and tasks, by recipe minilm-l6-hidden: dense, pruned while fine-tuning (the
-paper's baseline), from the paper's upstream, and from hidden states; each at 1x4 80 % and unstructured 85 %, then INT8.
+paper's baseline), from the paper's upstream, and from hidden states, with and without them beside a task's logits; each
+at 1x4 80 % and unstructured 85 %, then INT8.
 
     python -m bench.measure_minilm --init MODEL_DIR --corpus TEXT --data TASKS           hours on two cores; goes on
     python -m bench.measure_minilm ... --device cuda --jobs 8                            where it was killed
@@ -55,7 +56,7 @@ def plan(options):
                     ["--stage", "pretrain", *model, *text, "--steps", TEACHER_STEPS])
     for pattern in options.patterns:
         zeros = ["--pattern", pattern, "--sparsity", PATTERNS[pattern]]
-        if "hidden" in options.upstream:
+        if {"hidden", "both"} & set(options.upstream):
             job(f"hidden {pattern}", "hidden", f"prune-{pattern}-{PATTERNS[pattern]}",
                 ["--stage", "prune", *model, *text, *zeros])
         if "paper" in options.upstream:
@@ -64,7 +65,8 @@ def plan(options):
     dense = {task: job(f"{task} dense", "dense", f"{task}/teacher",
                        ["--stage", "finetune", "--sparsity", "0", *model, "--task", task, "--data", options.data])
              for task in options.tasks}
-    ways = [(way, seed) for way in options.upstream for seed in (range(options.seeds) if way == "hidden" else (0,))]
+    ways = [(way, seed) for way in options.upstream
+            for seed in (range(options.seeds) if way in ("hidden", "both") else (0,))]
     for (way, seed), task, pattern in itertools.product(ways, options.tasks, options.patterns):
         ends, folder = f"{pattern}-{PATTERNS[pattern]}", f"{way}/seed-{seed}"
         name = f"{task} {way} {pattern} seed {seed}"
@@ -74,9 +76,11 @@ def plan(options):
             sparse = job(name, folder, f"{task}/gradual-{ends}",
                          ["--stage", "finetune", "--mask", "gradual", *model, *taught], [f"{task} dense"])
         else:
+            upstream = "hidden" if way == "both" else way
+            taught += ["--kd-hidden", "1"] if way == "both" else []
             sparse = job(name, folder, f"{task}/sparse-{ends}",
-                         ["--stage", "finetune", "--init", str(out / way / f"prune-{ends}"), *taught],
-                         [f"{task} dense", f"{way} {pattern}"])
+                         ["--stage", "finetune", "--init", str(out / upstream / f"prune-{ends}"), *taught],
+                         [f"{task} dense", f"{upstream} {pattern}"])
         job(f"{name} int8", folder, f"{task}/int8-{ends}", ["--stage", "quantize", "--init", sparse, *taught], [name],
             options.engines, task)
     return jobs
@@ -120,7 +124,8 @@ def collect(jobs):
     return found
 
 
-WAYS = {"hidden": "pruned once, by hidden states", "paper": "pruned once, by the paper's recipe",
+WAYS = {"hidden": "pruned once, by hidden states", "both": "pruned once, by hidden states, these also on the task",
+        "paper": "pruned once, by the paper's recipe",
         "gradual": "pruned while fine-tuning"}
 
 
@@ -163,7 +168,7 @@ def main(arguments=None):
     parser.add_argument("--steps", help="of every run, in place of the recipe's: to try it out")
     parser.add_argument("--seeds", type=int, default=1, help="of the transfer from the hidden-state upstream")
     for name, choices in (("tasks", tuple(TASKS)), ("patterns", tuple(PATTERNS)), ("engines", ("native", "int8")),
-                          ("upstream", ("hidden", "gradual", "paper"))):
+                          ("upstream", ("hidden", "both", "gradual", "paper"))):
         parser.add_argument(f"--{name}", type=lambda value: tuple(value.split(",")), default=choices)
     typed = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(typed)

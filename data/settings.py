@@ -165,7 +165,7 @@ def has_dropout(s, init):
     return (max(own) if s.dropout is None else s.dropout) > 0
 
 
-def check_teacher(directory, model, data, say):
+def check_teacher(s, directory, model, data, say):
     """InputError unless the teacher in `directory` takes the student's rows, and an id means the same to both; `say` is
     told of a term of the loss that this teacher does not have. data: a text.PretrainingData or tasks.TaskData."""
     theirs, ours = tokenizer_of(directory).get_vocab(), data.tokenizer.get_vocab()
@@ -182,8 +182,9 @@ def check_teacher(directory, model, data, say):
         raise InputError(f"the teacher {directory} predicts {config.vocab_size} tokens and the student "
                          f"{model.config.vocab_size}; give a teacher of the same vocabulary, or --teacher none")
     sizes, wanted = ((each.num_hidden_layers, each.hidden_size, each.model_type) for each in (config, model.config))
-    if model.kind == "encoder" and sizes != wanted:
-        raise InputError(f"--kd-target hidden needs a teacher of the student's {wanted[0]} layers of {wanted[1]} "
+    flag = "--kd-target hidden" if model.kind == "encoder" else f"--kd-hidden {s.kd_hidden:g}" if s.kd_hidden else ""
+    if flag and model.kind != "pretraining" and sizes != wanted:
+        raise InputError(f"{flag} needs a teacher of the student's {wanted[0]} layers of {wanted[1]} "
                          f"({wanted[2]}), and {directory} has {sizes[0]} of {sizes[1]} ({sizes[2]})")
     if model.kind == "pretraining" and config.model_type == "distilbert" != model.config.model_type:
         say(f"the teacher {directory} has no next-sentence head: that term comes from the labels alone")
@@ -251,6 +252,23 @@ def check_stage(s, allowed_masks, typed):
     if s.mask not in allowed_masks:
         raise InputError(f"--mask {s.mask} does not go with --stage {s.stage} at --sparsity {s.sparsity:g}; it takes "
                          f"{' or '.join(allowed_masks)}")
+
+
+def directory_of(s, row):
+    """The directory that a row of train.STAGES writes under these settings."""
+    zeros = f"{s.pattern.replace(':', 'of')}-{s.sparsity:g}"
+    return Path(s.out) / row.writes.format(zeros=zeros, task=s.task,
+                                           teacher="random" if s.init == "random" else "teacher")
+
+
+def command_of(s, row):
+    """What to type for a row of train.STAGES."""
+    task = f" --task {s.task}" if row.data == "task" else ""
+    zeros = f" --pattern {s.pattern} --sparsity {s.sparsity:g}"
+    if row.mask == "dense":
+        zeros = " --sparsity 0" * bool(task) + " --init random" * (s.init == "random" and row.stage != "quantize")
+    return (f"python train.py --stage {row.stage}{task}{zeros} " + (f"--recipe {s.recipe} " if s.recipe else "")
+            + f"--preset {s.preset} --out {s.out}")
 
 
 def check_device(s):

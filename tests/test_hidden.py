@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -362,6 +363,49 @@ def test_a_fresh_head_starts_below_the_uniform_guess(bare, world, tmp_path):
     assert metrics["validation_mlm_loss"] < math.log(rows) - 0.3
 
 
+# ---------------------------------------------------------------- beside the logits of a task
+
+@pytest.mark.parametrize("config", [BERT, DISTILBERT])
+@pytest.mark.parametrize("kind", ["classification", "span"])
+def test_hidden_states_beside_the_logits(kind, config):
+    """By how much they change the loss, against the layers' own outputs; the rest of it stays as it was."""
+    models, batch = [], make_batch(kind)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(network.build(config, kind, 3).eval())
+    student, teacher = models[0], network.freeze(models[1], torch.float32)
+    count, expected, real = distill.denominators([batch]), 0.0, batch["attention_mask"].bool()
+    found = {id(model): [] for model in models}
+    hooks = [layer.register_forward_hook(lambda _, __, output, model=model: found[id(model)].append(output.double()))
+             for model in models for layer in model.encoder.layers]
+    without, parts = distill.loss(student, teacher, batch, count, kd_weight=0.8)
+    [hook.remove() for hook in hooks]
+    for one, other in zip(*found.values(), strict=True):
+        expected += float(((one - other).square().sum(-1) / other.square().sum(-1))[real].mean().detach())
+    total, with_hidden = distill.loss(student, teacher, batch, count, kd_weight=0.8, kd_hidden=2.5)
+    assert with_hidden.pop("hidden") == pytest.approx(2.5 * expected, rel=1e-5)
+    assert with_hidden == pytest.approx(parts, rel=1e-6)
+    assert float(total.detach()) == pytest.approx(float(without.detach()) + 0.8 * 2.5 * expected, rel=1e-5)
+    assert "hidden" not in distill.loss(student, None, batch, count, kd_hidden=2.5)[1]          # nobody to learn from
+    (gradient,) = torch.autograd.grad(total - without, student.encoder.layers[0].query.weight)
+    (other,) = torch.autograd.grad(2.0 * sum(
+        (distill.relative_error(*pair) * real).sum() / count["tokens"] for pair in zip(
+            student.encoder.states(*inputs_of(batch)), teacher.encoder.states(*inputs_of(batch)), strict=True)),
+        student.encoder.layers[0].query.weight)
+    assert torch.allclose(gradient, other, atol=1e-6)
+
+
+def test_a_task_teacher_of_other_sizes_has_no_hidden_states_to_show(chain, world, tmp_path, capsys):
+    config, tokenizer = network.PRESETS["tiny"], text.load_tokenizer(chain / "pretrain")
+    small = replace(config, num_hidden_layers=2, vocab_size=text.vocabulary_rows(tokenizer))
+    model_directory.save(network.build(small, "classification"), tmp_path / "two", ("0", "1"))
+    text.save_tokenizer(tokenizer, tmp_path / "two")
+    flags = ["--stage", "finetune", "--task", "sst2", "--data", str(world), "--init", str(chain / "prune-1x4-0.85"),
+             "--teacher", str(tmp_path / "two"), "--out", str(tmp_path / "out"), "--steps", "2", *SHORT, "--max-len", "32"]
+    assert "--kd-hidden 0.5 needs a teacher of the student's 3 layers" in fails(capsys, *flags, "--kd-hidden", "0.5")
+    train.main(flags)                                                   # its logits are enough otherwise
+
+
 # ---------------------------------------------------------------- the evidence
 
 def test_the_evidence_for_minilm_in_a_small_form(bare, world, tmp_path, capsys):
@@ -377,7 +421,7 @@ def test_the_evidence_for_minilm_in_a_small_form(bare, world, tmp_path, capsys):
     runs = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert {name.removeprefix("sst2 ") for name in runs} == {
         "paper teacher", "hidden 1x4", "paper 1x4", "dense", *(f"{way} 1x4 seed 0{end}" for way in (
-            "hidden", "paper", "gradual") for end in ("", " int8"))}
+            "hidden", "both", "paper", "gradual") for end in ("", " int8"))}
     for name, found in runs.items():
         assert found["settings"]["steps"] == 2 and found["tokens"] > 0 and "git_commit" in found
         assert ("int8" in found["engines"]) == name.endswith("int8")
@@ -386,7 +430,8 @@ def test_the_evidence_for_minilm_in_a_small_form(bare, world, tmp_path, capsys):
     measure_minilm.main(arguments)
     assert json.loads((tmp_path / "found.json").read_text())["runs"] == runs
     lines = measure_minilm.table(runs)
-    assert "\n".join(lines) in capsys.readouterr().out and len(lines) == 2 + 7
+    assert "\n".join(lines) in capsys.readouterr().out and len(lines) == 2 + 9
+    assert [runs[f"sst2 {way} 1x4 seed 0"]["settings"].get("kd_hidden") for way in ("hidden", "both")] == [None, 1.0]
     expected = 100 * runs["sst2 hidden 1x4 seed 0 int8"]["engines"]["int8"]["metrics"]["accuracy"]
     assert f"| 1x4 80%, pruned once, by hidden states, INT8 | {expected:.1f} | {expected:.1f} |" in lines
 

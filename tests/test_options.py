@@ -25,9 +25,10 @@ OPTIONS = {
               ("--ramp-end", "0.25"), ("--update-end", "0.5"), ("--update-every", "0.5"), ("--init", "teacher"),
               ("--criterion", "reconstruction")],
     "teacher": [*COMMON, ("--init", "random")],
-    "finetune": [*COMMON, *TAUGHT],
-    "gradual": [*COMMON, *TAUGHT, ("--sparsity", "0.5"), ("--pattern", "1x4"), ("--ramp-end", "0.25")],
-    "quantize": [*COMMON, *TAUGHT, ("--activation-bits", OTHER_BITS), ("--weight-scales", "tensor")],
+    "finetune": [*COMMON, *TAUGHT, ("--kd-hidden", "2")],
+    "gradual": [*COMMON, *TAUGHT, ("--sparsity", "0.5"), ("--pattern", "1x4"), ("--ramp-end", "0.25"),
+               ("--kd-hidden", "2")],
+    "quantize": [*COMMON, *TAUGHT, ("--kd-hidden", "2"), ("--activation-bits", OTHER_BITS), ("--weight-scales", "tensor")],
 }
 DOES_NOT_REACH_IT = {"stage", "preset", "recipe", "resume", "out", "data", "corpus", "task", "mask", "epochs",
                      "micro_batch", "threads", "device"}       # chosen before it, or held to change nothing elsewhere
@@ -71,7 +72,7 @@ def test_every_option_reaches_the_loop(stage, flag, value, plain, world, chain, 
 
 
 IDLE = {"criterion": "reconstruction", "corpus": "nowhere", "data": "nowhere", "pattern": "4x1", "ramp_end": "0.25", "update_end": "0.5",
-        "update_every": "0.5", "temperature": "7", "kd_weight": "0.1", "kd_target": "masked", "activation_bits": OTHER_BITS,
+        "update_every": "0.5", "temperature": "7", "kd_weight": "0.1", "kd_target": "masked", "kd_hidden": "3", "activation_bits": OTHER_BITS,
         "weight_scales": "tensor"}
 
 
