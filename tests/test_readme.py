@@ -248,6 +248,9 @@ def test_the_front_pages_speeds_are_the_measured_ones():
             ratios = [times[name] / times["tiles, 1x4 80 %" if cpu == AMX else "native, 1x4 80 %"]
                       for times in times_on(cpu).values() if name in times]
             assert cell == (" / ".join(f"{ratio:.1f}" for ratio in ratios) or "not measured"), (title, cpu)
+    assert "`unstructured` zeros at 90 % are at least as fast as 1x4 blocks at 80 %" in " ".join(FRONT.split())
+    for cpu, engine in (("AMD EPYC, AVX2", "native"), ("AMD EPYC, AVX-512 VNNI", "native"), (AMX, "tiles")):
+        assert all(times[f"{engine}, unstructured 90 %"] <= times[f"{engine}, 1x4 80 %"] for times in times_on(cpu).values())
 
 
 def test_what_is_said_of_tile_registers_is_measured():
