@@ -236,10 +236,10 @@ def check_stage(s, allowed_masks, typed):
         raise InputError(f"--stage pretrain trains a dense model; leave out --sparsity {s.sparsity:g}, and give it to "
                          f"--stage prune")
     upstream = s.stage in ("pretrain", "prune") or not s.task
-    real = s.stage != "evaluate" and s.preset != "tiny" and s.init not in ("", "random")
+    real = s.stage != "evaluate" and s.preset != "tiny" and s.init != "random" and (s.init or not upstream)
     if (s.recipe or real) and (s.corpus == "tiny" if upstream else not s.data):
-        raise InputError((f"--recipe {s.recipe}" if s.recipe else f"a {s.preset} such as {s.init}") + " is for real "
-                         "text, and the default is the bundled tiny world; give "
+        raise InputError((f"--recipe {s.recipe}" if s.recipe else f"a {s.preset}, {s.init or 'of --out'},") + " is for "
+                         "real text, and the default is the bundled tiny world; give "
                          + ("--corpus TEXT, in the paper English Wikipedia" if upstream else "--data FOLDER"))
     if s.criterion == "reconstruction" and s.stage == "finetune" and s.mask == "gradual":
         raise InputError("--criterion reconstruction looks at the text of --corpus, in --stage prune; leave it out with "

@@ -489,6 +489,8 @@ def test_a_real_model_is_not_trained_on_the_tiny_world(chain, tmp_path, capsys):
                         (["pretrain"], "--corpus TEXT"), (["prune", "--teacher", str(folder)], "--corpus TEXT")):
         words = fails(capsys, "--stage", *stage, "--init", str(folder), "--out", str(tmp_path / "out"))
         assert flag in words and "tiny world" in words and "minilm-l6" in words
+    words = fails(capsys, "--stage", "finetune", "--task", "sst2", "--preset", "minilm-l6", "--out", str(tmp_path / "out"))
+    assert "a minilm-l6, of --out, is for real text" in words and "--data FOLDER" in words
 
 
 def test_what_evaluate_does_not_look_at_is_refused(chain, world, capsys):
