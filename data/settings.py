@@ -88,9 +88,6 @@ def check_ahead(stages, init):
             ramp_of(s)
         if not s.task:
             continue
-        if not s.data and s.preset != "tiny":
-            raise InputError(f"--stage all of a {s.preset} needs --data FOLDER, which holds the tasks; by default it is "
-                             f"the bundled tiny world, for models of its size")
         if s.task not in read:
             read[s.task] = tasks.TaskData(s.task, data_folder(s), None, s.max_len)
         read[s.task].demand_a_batch(s.batch_size)

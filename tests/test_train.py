@@ -315,10 +315,10 @@ def test_precedence_default_recipe_command_line():
 def test_every_recipe_resolves():
     for preset, recipe in recipes.RECIPES.items():
         for stage in ("pretrain", "prune"):
-            assert train.resolve({"preset": preset, "stage": stage}).steps > 0
+            assert train.resolve({"preset": preset, "stage": stage, "corpus": "text"}).steps > 0
         for task in train.tasks.TASKS:
-            dense = train.resolve({"preset": preset, "stage": "finetune", "task": task, "sparsity": 0.0})
-            sparse = train.resolve({"preset": preset, "stage": "finetune", "task": task})
+            dense, sparse = (train.resolve({"preset": preset, "stage": "finetune", "task": task, "data": "tasks", **zeros})
+                             for zeros in ({"sparsity": 0.0}, {}))
             assert dense.mask == "dense" and sparse.mask == "locked"
         kinds = {key.split()[0] for key in recipe} - {"model", "published"}
         assert kinds == {"pretrain", "prune", "dense", "finetune", "quantize"}
@@ -346,7 +346,7 @@ def test_a_ramp_that_no_number_of_steps_helps_says_so(chain, world, tmp_path, ca
     (["--warmup", "0.3"], "--warmup 0.3"), (["--ramp-end", "1"], "--ramp-end 1"), (["--data", "nowhere"], "nowhere"),
     (["--data", "WORLD", "--task", "mnli"], "MNLI"), (["--batch-size", "72", "--data", "WORLD"], "64 rows"),
     (["--max-len", "4096", "--data", "WORLD"], "positions"),
-    (["--preset", "minilm-l6", "--corpus", "CORPUS"], "--stage all of a minilm-l6 needs --data")])
+    (["--preset", "minilm-l6", "--corpus", "CORPUS"], "is for real text, and the default is the bundled tiny world; give --data")])
 def test_the_whole_chain_looks_ahead(flags, words, world, tmp_path, capsys):
     """What would stop a later stage is said before the first has begun."""
     places = {"WORLD": world, "CORPUS": world / "corpus.txt"}
