@@ -207,6 +207,8 @@ def prepare(corpus: str | Path, tokenizer: Tokenizer, folder: str | Path | None 
                 raise DataError(f"{folder}: this folder holds other files; remove it, or {HINT}")
             else:
                 index["shards"] = []
+            for left in folder.glob(".*.tmp"):                              # by a process that was killed
+                left.unlink()
             try:
                 _write_shards(files, tokenizer, folder, index)
                 if not sum(shard["documents"] for shard in index["shards"]):
