@@ -1,6 +1,6 @@
 """What train.py and infer_cpu.py left in the directories of runs, as records for a results file.
 
-    python -m bench.collect_runs out/minilm-l6 --json bench/sst2.json
+    python -m bench.collect_runs out/minilm-l6 --json FILE
 """
 import argparse
 import json

@@ -138,7 +138,7 @@ def table(runs):
     def add(title, task, metrics):
         rows.setdefault(title, {}).setdefault(task, []).append(100 * metrics[TASKS[task].metric])
     for (way, words), pattern, task in itertools.product(WAYS.items(), PATTERNS, tasks):
-        title, start = f"{pattern} {float(PATTERNS[pattern]):.0%}, {words}", f"{task} {way} {pattern} seed "
+        title, start = f"{pattern} {100 * float(PATTERNS[pattern]):.0f} %, {words}", f"{task} {way} {pattern} seed "
         for name in (name for name in runs if name.startswith(start)):
             if not name.endswith("int8"):
                 add(title, task, runs[name]["metrics"])

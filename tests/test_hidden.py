@@ -433,7 +433,7 @@ def test_the_evidence_for_minilm_in_a_small_form(bare, world, tmp_path, capsys):
     assert "\n".join(lines) in capsys.readouterr().out and len(lines) == 2 + 9
     assert [runs[f"sst2 {way} 1x4 seed 0"]["settings"].get("kd_hidden") for way in ("hidden", "both")] == [None, 1.0]
     expected = 100 * runs["sst2 hidden 1x4 seed 0 int8"]["engines"]["int8"]["metrics"]["accuracy"]
-    assert f"| 1x4 80%, pruned once, by hidden states, INT8 | {expected:.1f} | {expected:.1f} |" in lines
+    assert f"| 1x4 80 %, pruned once, by hidden states, INT8 | {expected:.1f} | {expected:.1f} |" in lines
 
 
 def test_the_table_of_the_evidence():
@@ -444,6 +444,6 @@ def test_the_table_of_the_evidence():
             "sst2 hidden 1x4 seed 0": run(0.8), "sst2 hidden 1x4 seed 1": run(0.9), "qnli hidden 1x4 seed 0": run(0.6),
             "sst2 hidden 1x4 seed 0 int8": run(0.1, 0.85), "sst2 gradual unstructured seed 0": run(0.5)}
     assert measure_minilm.table(runs)[2:] == [
-        "| dense | 90.0 | 70.0 | 80.0 |", "| 1x4 80%, pruned once, by hidden states | 85.0 | 60.0 | 72.5 |",
-        "| 1x4 80%, pruned once, by hidden states, INT8 | 85.0 | | |",
-        "| unstructured 85%, pruned while fine-tuning | 50.0 | | |"]
+        "| dense | 90.0 | 70.0 | 80.0 |", "| 1x4 80 %, pruned once, by hidden states | 85.0 | 60.0 | 72.5 |",
+        "| 1x4 80 %, pruned once, by hidden states, INT8 | 85.0 | | |",
+        "| unstructured 85 %, pruned while fine-tuning | 50.0 | | |"]

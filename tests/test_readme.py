@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import infer_cpu
 import train
-from bench import draw_pictures, measure_tiny
+from bench import draw_pictures, measure_minilm, measure_tiny
 from data.tasks import TASKS
 
 ROOT = Path(train.__file__).resolve().parent
@@ -170,37 +170,28 @@ def test_the_tiny_world_tells_the_papers_story():
 
 
 def test_real_numbers_are_the_measured_ones():
-    """The MiniLM-L6 table against docs/sst2.json."""
-    runs = json.loads((ROOT / "bench" / "sst2.json").read_text())
-
-    def row(upstream, task, sparsity, engine=None):
-        loss, accuracy = runs[upstream]["metrics"]["validation_mlm_loss"], runs[task]["metrics"]["accuracy"]
-        cells = [sparsity, f"{loss:.2f}", f"{accuracy:.1%}".rstrip("%")]
-        if engine:
-            report = runs[engine]["engine"]
-            cells += [f"{report['metrics']['accuracy']:.1%}".rstrip("%"),
-                      f"{report['agreement']['equal_predictions']['dev']:.1%}".rstrip("%")]
-        return "| " + " | ".join(cells) + " |"
-
-    def pruned(suffix):
-        sparsity = f"{runs[f'prune-{suffix}']['sparsity']:.2%}".replace("%", " %")
-        return row(f"prune-{suffix}", f"sst2/sparse-{suffix}", sparsity, f"sst2/int8-{suffix}")
-    for expected in (row("pretrain", "sst2/teacher", "0 %"), pruned("unstructured-0.85"), pruned("1x4-0.8")):
-        assert expected in README, expected
-
-
-def test_numbers_of_the_five_tasks_are_the_measured_ones():
-    """The row of results against bench/tasks.json, and docs/sst2.json for SST-2."""
-    runs = {name: run for file in ("tasks.json", "sst2.json")
-            for name, run in json.loads((ROOT / "bench" / file).read_text()).items()}
-    score = {task: {name: f"{value:.1%}".rstrip("%") for name, value in runs[f"{task}/teacher"]["metrics"].items()}
-             for task in ("sst2", "mnli", "qqp", "qnli", "squad")}
-    minutes = {task: f"{runs[f'{task}/teacher']['training_seconds'] / 60:.0f} "
-                     f"({runs[f'{task}/teacher']['settings']['threads']})" for task in score}
-    assert (f"| result | {score['sst2']['accuracy']} | {score['mnli']['accuracy']} | {score['qqp']['accuracy']} (F1 "
-            f"{score['qqp']['f1']}) | {score['qnli']['accuracy']} | EM {score['squad']['exact_match']}, F1 "
-            f"{score['squad']['f1']} |") in README
-    assert "| minutes (threads) | " + " | ".join(minutes.values()) + " |" in README
+    """The table of MiniLM-L6 and what is said beside it, against bench/minilm.json."""
+    found = json.loads((ROOT / "bench" / "minilm.json").read_text())
+    runs, page = found["runs"], PAGES[ROOT / "docs" / "real_data.md"]
+    assert "\n".join(measure_minilm.table(runs)) in FRONT
+    upstream, text = runs["hidden 1x4"], " ".join(page.split())
+    minutes, tokens = upstream["training_seconds"] / 60, upstream["tokens"] / 1e6
+    assert f"in {minutes:.0f} minutes of training" in FRONT and f"pruning saw {tokens:.0f} million tokens" in FRONT
+    assert (f"{minutes:.0f} minutes of training, {tokens:.1f} million tokens, {100 * upstream['sparsity']:.2f} % zeros "
+            f"(pooler included)") in text
+    names = [f"{ending} 1x4 seed 0{kind}" for ending in ("hidden", "both") for kind in ("", " int8")]
+    for title, row in zip(("dense", "by hidden states", "the same, INT8", "these also on the task", "the same, INT8"),
+                          ("dense", *names)):
+        cells = (f"{runs[f'{task} {row}']['training_seconds'] / 60:.0f}" if f"{task} {row}" in runs else "" for task in (
+            "sst2", "mnli"))
+        assert f"| {title} | {' | '.join(cells)} |" in page, title
+    rounded = [run for name, run in runs.items() if name.endswith("int8")]
+    same = min(min(run["engines"]["native"]["agreement"]["equal_predictions"].values()) for run in rounded)
+    assert f"give the same answer for {100 * same:.1f} % of a dev set at least" in text
+    sizes = (max(run["file_bytes"]["int8.safetensors"] for run in rounded),
+             runs["sst2 dense"]["file_bytes"]["model.safetensors"])
+    assert "An INT8 file has {:.1f} MB, the dense float32 one {:.1f} MB".format(*(size / 1e6 for size in sizes)) in text
+    assert found["command"].replace(" --out OUT", "").replace("--json FILE", "--json minilm.json") in page
 
 
 AMX = "Intel(R) Xeon(R) Processor, AMX"

@@ -53,6 +53,21 @@ def test_the_tiny_worlds_files_name_their_commit_and_todays_settings(name):
         complete(settings)
 
 
+def test_the_evidence_on_real_data_names_its_commits_and_todays_recipe():
+    """Every run is one that its recipe and what was typed beside it would make today."""
+    runs = read("minilm.json")["runs"]
+    assert len(runs) >= 8
+    for name, run in runs.items():
+        assert re.fullmatch("[0-9a-f]{40}", run["git_commit"]) and run["processor"] and run["torch"], name
+        settings = run["settings"]
+        typed = {key: settings[key] for key in (*CHOSEN, "recipe", "preset", "pattern", "precision", "kd_hidden", "corpus",
+                                                "data") if key in settings}
+        expected = collect_runs.settings_of(asdict(train.resolve({"mask": settings["mask"], "micro_batch": settings[
+            "micro_batch"], "activation_bits": 8, **typed, "precision": "fp32"})))
+        expected |= {key: settings[key] for key in ("steps", "precision", "init", "teacher") if key in settings}
+        assert expected == settings, name
+
+
 def test_luck_is_small_on_the_tiny_world():
     """Of every seed and of every fine-tuning: no task falls through, and INT8 follows its dense model."""
     rows, seeds = read("spread.json")["runs"], read("tiny.json")["seeds"]
