@@ -2,12 +2,9 @@
 
     python -m bench.draw_pictures          writes docs/method.svg; from bench/speed.json docs/speed.svg, all of it, and
                                            docs/latency.svg, a few; from bench/exercises.json docs/masks.svg; from
-                                           bench/size.json docs/bytes.svg; from bench/sparsities.json
-                                           docs/sparsities.svg
+                                           bench/size.json docs/bytes.svg
 """
 import json
-import math
-import statistics
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -23,13 +20,11 @@ text { fill: #1f2328; font: 13px sans-serif } .small { font-size: 11px; fill: #5
 .teach { stroke: #8250df; fill: none; stroke-dasharray: 4 3 } .purple { fill: #8250df; font-size: 11px }
 .living { stroke: #0969da } .ours { fill: #0969da } .others { fill: #afb8c1 }
 .values { fill: #0969da } .masks { fill: #54aeff } .embeddings { fill: #bf8700 } .rest { fill: #8c959f }
-.share { fill: #ffffff; font-size: 11px } .grid { stroke: #d1d9e0 }
-.paper { stroke: #0969da } .hidden { stroke: #8250df } .gradual { stroke: #bf8700 } .curve { stroke-width: 2; fill: none }
+.share { fill: #ffffff; font-size: 11px }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .small { fill: #9198a1 }
 .box { fill: #161b22; stroke: #9198a1 } .once { fill: #0c2d6b; stroke: #58a6ff } .line { stroke: #9198a1 }
 .teach { stroke: #bc8cff } .purple { fill: #bc8cff } .living { stroke: #58a6ff }
-.ours { fill: #58a6ff } .others { fill: #484f58 } .grid { stroke: #30363d }
-.paper { stroke: #58a6ff } .hidden { stroke: #bc8cff } .gradual { stroke: #d29922 } }
+.ours { fill: #58a6ff } .others { fill: #484f58 } }
 </style>"""
 ARROW = ('<defs><marker id="end" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
          '<path d="M0 0L8 4L0 8z" fill="#808890"/></marker></defs>')
@@ -188,34 +183,6 @@ def draw_bytes():
                 x += width
         top += 20 + 3 * (BAR_HEIGHT + 2) + 18
     return svg(720, top - 8, parts)
-
-
-def draw_sparsities():
-    """The mean metric of some tasks against the share of zeros, a line for each way of pruning."""
-    found = json.loads((ROOT / "bench" / "sparsities.json").read_text())["scores"]
-    lines = {way: {float(share): statistics.mean(value for tasks in seeds.values() for value in tasks.values())
-                   for share, seeds in shares.items()} for way, shares in found.items()}
-    lowest = min(value for line in lines.values() for value in line.values())
-    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if 1 - lowest <= 6 * step)
-    bottom, left, top, wide, high = math.floor(lowest / step + 1e-6) * step, 50, 20, 640, 260
-
-    def place(share, value):
-        return round(left + wide * share, 1), round(top + high * (1 - value) / (1 - bottom), 1)
-    parts = []
-    for number in range(round((1 - bottom) / step) + 1):
-        (x, y), (end, _) = (place(share, 1 - number * step) for share in (0, 1))
-        parts += [f'<path d="M{x} {y}H{end}" class="grid"/>', text(left - 8, y + 4, f"{1 - number * step:.0%}", "small", "end")]
-    for share in lines["paper"]:
-        parts.append(text(place(share, 0)[0], top + high + 18, f"{share:.0%}", "small", "middle"))
-    parts.append(text(left + wide / 2, top + high + 36, "share of zeros", "small", "middle"))
-    for number, (way, words) in enumerate((("paper", "pruned once, the paper's recipe"),
-                                           ("hidden", "pruned once, by hidden states"),
-                                           ("gradual", "pruned while fine-tuning"))):
-        points = " ".join("{},{}".format(*place(*point)) for point in sorted(lines[way].items()))
-        y = top + high - 54 + 18 * number
-        parts += [f'<polyline points="{points}" class="curve {way}"/>', f'<path d="M66 {y}H90" class="curve {way}"/>',
-                  text(98, y + 4, words, "small")]
-    return svg(720, top + high + 46, parts)
 
 
 PICTURES = {"method.svg": draw_method, "speed.svg": draw_speed, "latency.svg": draw_latency,
