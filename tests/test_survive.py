@@ -381,6 +381,22 @@ class three_steps_then_stop(list):
         return int(processes.rank() == 1 and self.asked == 3)
 
 
+def test_who_stops_waits_for_the_first_ones_checkpoint(world, tmp_path):
+    """A launcher kills what is left soon after one process has ended."""
+    save = run.save_checkpoint
+
+    def slowly(*arguments):
+        time.sleep(2)
+        save(*arguments)
+
+    def prepare():
+        run.interrupts, run.save_checkpoint = three_steps_then_stop, slowly
+    children = start_together(commands(world, tmp_path, steps=6)["pretrain"], tmp_path, prepare=prepare)
+    assert exit_code(children[1]) == 130
+    assert [path.name for path in run.checkpoints(tmp_path / "pretrain")] == ["train-000000003.pt"]
+    assert exit_code(children[0]) == 130
+
+
 def test_a_dying_process_ends_the_run(world, tmp_path, monkeypatch):
     """SIGKILL to process 1: process 0 says one sentence and exits with 2, its checkpoint whole."""
     save_every(monkeypatch, 1)
